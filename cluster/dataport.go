@@ -1,0 +1,206 @@
+package cluster
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+const (
+	handshakeTimeout = 5 * time.Second
+	// maxHandshakes bounds the connections that have not proved themselves.
+	// Members take milliseconds, so only strangers ever fill it.
+	maxHandshakes = 512
+	// portQueue is how many connections wait for a consumer to accept them.
+	portQueue = 256
+)
+
+// DataPort lets members in at one port and hands their connections to the
+// protocol that they asked for. The TLS handshake is done by then: every
+// connection that Accept returns is a *tls.Conn from a member.
+type DataPort struct {
+	listener net.Listener
+	identity *Identity
+	log      *slog.Logger
+	slots    chan struct{} // one per handshake under way
+	patience time.Duration // for one handshake
+	grpc     *portListener
+	torrent  *portListener
+	refused  rate.Sometimes // keeps strangers from filling the log
+	full     rate.Sometimes
+}
+
+// NewDataPort takes over l once Run is called; until then it is the caller's
+// to close. It starts nothing.
+func NewDataPort(l net.Listener, id *Identity, log *slog.Logger) *DataPort {
+	return &DataPort{
+		listener: l, identity: id, log: log,
+		slots:    make(chan struct{}, maxHandshakes),
+		patience: handshakeTimeout,
+		grpc:     newPortListener(l.Addr()),
+		torrent:  newPortListener(l.Addr()),
+		refused:  rate.Sometimes{First: 3, Interval: 10 * time.Second},
+		full:     rate.Sometimes{First: 3, Interval: 10 * time.Second},
+	}
+}
+
+// GRPC has the connections that are for gRPC. Its Accept ends with
+// net.ErrClosed when it or the port is closed.
+func (p *DataPort) GRPC() net.Listener { return p.grpc }
+
+// BitTorrent has the peer connections; see GRPC.
+func (p *DataPort) BitTorrent() net.Listener { return p.torrent }
+
+// Run accepts connections until ctx ends, which is no error. It closes the
+// port, both listeners, and every connection that nobody has accepted yet;
+// those accepted belong to who accepted them.
+func (p *DataPort) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var shaking sync.WaitGroup
+	defer p.closeQueues()
+	defer shaking.Wait()
+	defer cancel()
+	// Closing it again when accepting failed by itself does no harm.
+	closed := context.AfterFunc(ctx, func() { _ = p.listener.Close() })
+	defer closed()
+
+	var pause time.Duration
+	for {
+		conn, err := p.listener.Accept()
+		switch {
+		case err == nil:
+			pause = 0
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, net.ErrClosed):
+			return fmt.Errorf("data port: %w", err)
+		default: // out of file descriptors, most likely: it will pass
+			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+			p.log.Warn("data port cannot accept", "err", err, "retry", pause)
+			select {
+			case <-ctx.Done():
+			case <-time.After(pause):
+			}
+			continue
+		}
+		select {
+		case p.slots <- struct{}{}:
+			shaking.Go(func() {
+				defer func() { <-p.slots }()
+				p.admit(ctx, conn)
+			})
+		default:
+			_ = conn.Close()
+			p.full.Do(func() {
+				p.log.Warn("data port: too many handshakes at once, connection dropped", "remote", conn.RemoteAddr())
+			})
+		}
+	}
+}
+
+// admit checks who is there and hands the connection on.
+func (p *DataPort) admit(ctx context.Context, raw net.Conn) {
+	tune(raw)
+	conn := tls.Server(raw, p.identity.ServerTLS(ProtoGRPC, ProtoBitTorrent))
+	shake, cancel := context.WithTimeout(ctx, p.patience)
+	defer cancel()
+	if err := conn.HandshakeContext(shake); err != nil {
+		_ = raw.Close()
+		if ctx.Err() == nil && !errors.Is(err, io.EOF) { // a mere knock is some load balancer's
+			p.refused.Do(func() {
+				p.log.Warn("data port: refused", "remote", raw.RemoteAddr(), "err", err)
+			})
+		}
+		return
+	}
+	queue := p.torrent
+	if conn.ConnectionState().NegotiatedProtocol == ProtoGRPC {
+		queue = p.grpc
+	}
+	if !queue.offer(conn) {
+		_ = raw.Close()
+		if ctx.Err() == nil {
+			p.full.Do(func() {
+				p.log.Warn("data port: nobody accepts, connection dropped",
+					"protocol", conn.ConnectionState().NegotiatedProtocol, "remote", raw.RemoteAddr())
+			})
+		}
+	}
+}
+
+func (p *DataPort) closeQueues() {
+	_ = p.grpc.Close()    // always nil
+	_ = p.torrent.Close() // always nil
+}
+
+// portListener is a queue of connections that looks like a listener.
+type portListener struct {
+	addr  net.Addr
+	queue chan *tls.Conn
+	done  chan struct{}
+
+	mu     sync.Mutex
+	closed bool // guarded by mu; with it nothing enters the queue any more
+}
+
+var _ net.Listener = (*portListener)(nil)
+
+func newPortListener(addr net.Addr) *portListener {
+	return &portListener{addr: addr, queue: make(chan *tls.Conn, portQueue), done: make(chan struct{})}
+}
+
+// offer never waits; false means that the connection is still the caller's.
+func (l *portListener) offer(conn *tls.Conn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return false
+	}
+	select {
+	case l.queue <- conn:
+		return true
+	default:
+		return false
+	}
+}
+
+// Accept implements net.Listener.
+func (l *portListener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.queue:
+		return conn, nil
+	case <-l.done:
+		return nil, &net.OpError{Op: "accept", Net: "tcp", Addr: l.addr, Err: net.ErrClosed}
+	}
+}
+
+// Close implements net.Listener: it ends this protocol, not the port. The
+// connections that wait to be accepted are dropped. It never fails.
+func (l *portListener) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return nil
+	}
+	l.closed = true
+	close(l.done)
+	for {
+		select {
+		case conn := <-l.queue:
+			_ = conn.NetConn().Close() // no goodbye: that could wait for the peer
+		default:
+			return nil
+		}
+	}
+}
+
+// Addr implements net.Listener: the data port's address.
+func (l *portListener) Addr() net.Addr { return l.addr }

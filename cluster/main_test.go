@@ -1,0 +1,52 @@
+package cluster
+
+import (
+	"context"
+	"log/slog"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// patience is how long a test waits for what is to happen in milliseconds.
+const patience = 15 * time.Second
+
+var silent = slog.New(slog.DiscardHandler)
+
+func keyed(t *testing.T, key, name string) *Identity {
+	t.Helper()
+	id, err := LoadIdentity(IdentityOptions{ClusterKey: key, NodeName: name, Log: silent})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+// start runs f until the test ends, and the test does not end before f does.
+func start(t *testing.T, f func(context.Context) error) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- f(ctx) }()
+	stopped := false
+	stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("Run: %v", err)
+			}
+		case <-time.After(patience):
+			t.Error("Run does not end")
+		}
+	}
+	t.Cleanup(stop)
+	return stop
+}

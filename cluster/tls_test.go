@@ -1,0 +1,383 @@
+package cluster
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+)
+
+func listen(t *testing.T) net.Listener {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() }) // the port may have closed it already
+	return l
+}
+
+// openPort runs a data port that says the peer's name to every BitTorrent
+// connection.
+func openPort(t *testing.T, id *Identity, change func(*DataPort)) *DataPort {
+	t.Helper()
+	p := NewDataPort(listen(t), id, silent)
+	if change != nil {
+		change(p)
+	}
+	start(t, p.Run)
+	return p
+}
+
+func greet(t *testing.T, p *DataPort) {
+	start(t, func(ctx context.Context) error {
+		defer context.AfterFunc(ctx, func() { _ = p.BitTorrent().Close() })()
+		for {
+			conn, err := p.BitTorrent().Accept()
+			if errors.Is(err, net.ErrClosed) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			name := conn.(*tls.Conn).ConnectionState().PeerCertificates[0].Subject.CommonName
+			if _, err := io.WriteString(conn, "hello "+name); err != nil {
+				t.Errorf("greet: %v", err)
+			}
+			_ = conn.Close() // said all it had to say
+		}
+	})
+}
+
+// hear reads what a data port says, "" and an error if it refuses.
+func hear(conn net.Conn) (string, error) {
+	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		return "", err
+	}
+	b, err := io.ReadAll(conn)
+	return string(b), err
+}
+
+func greeting(t *testing.T, id *Identity, p *DataPort) string {
+	t.Helper()
+	conn, err := id.Dial(t.Context(), p.listener.Addr().String(), ProtoBitTorrent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close() //nolint:errcheck // only read from
+	s, err := hear(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func TestMembersTalk(t *testing.T) {
+	key := GenerateKey()
+	p := openPort(t, keyed(t, key, "server"), nil)
+	greet(t, p)
+	for _, name := range []string{"a", "b.example", "server"} {
+		if got, want := greeting(t, keyed(t, key, name), p), "hello "+name; got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
+func TestStrangersGetNothing(t *testing.T) {
+	key := GenerateKey()
+	member := keyed(t, key, "member")
+	other := keyed(t, GenerateKey(), "other")
+	p := openPort(t, keyed(t, key, "server"), nil)
+
+	shown := 0 // certificates that the server has shown
+	config := func(change func(*tls.Config)) *tls.Config {
+		c := member.ClientTLS(ProtoBitTorrent)
+		c.VerifyConnection = func(tls.ConnectionState) error { shown++; return nil }
+		change(c)
+		return c
+	}
+	withCert := func(c *tls.Certificate) func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		return func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c, nil }
+	}
+	foreign, _ := other.creds.current()
+	expired, err := member.creds.(*issuer).issue(time.Now().Add(-2 * leafLife))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		config *tls.Config
+		shown  int // a certificate is shown to who knows the cluster
+	}{
+		"other key": {config(func(c *tls.Config) {
+			c.ServerName = other.knock
+			c.GetClientCertificate = withCert(foreign)
+		}), 0},
+		"does not name the cluster": {config(func(c *tls.Config) { c.ServerName = "node.example" }), 0},
+		"names nothing":             {config(func(c *tls.Config) { c.ServerName = "" }), 0},
+		"no protocol":               {config(func(c *tls.Config) { c.NextProtos = nil }), 0},
+		"unknown protocol":          {config(func(c *tls.Config) { c.NextProtos = []string{"http/1.1"} }), 0},
+		"TLS 1.2": {config(func(c *tls.Config) {
+			c.MinVersion, c.MaxVersion = tls.VersionTLS12, tls.VersionTLS12
+		}), 0},
+		"no certificate":           {config(func(c *tls.Config) { c.GetClientCertificate = withCert(&tls.Certificate{}) }), 1},
+		"certificate of other key": {config(func(c *tls.Config) { c.GetClientCertificate = withCert(foreign) }), 1},
+		"expired certificate":      {config(func(c *tls.Config) { c.GetClientCertificate = withCert(expired) }), 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			shown = 0
+			raw, err := net.Dial("tcp", p.listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer raw.Close() //nolint:errcheck // nothing was written
+			conn := tls.Client(raw, c.config)
+			err = conn.HandshakeContext(t.Context())
+			if err == nil { // in TLS 1.3 the client is checked last
+				var said string
+				said, err = hear(conn)
+				if said != "" {
+					t.Errorf("the stranger was told %q", said)
+				}
+			}
+			if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("not refused: %v", err)
+			}
+			if shown != c.shown {
+				t.Errorf("%d certificates were shown, want %d", shown, c.shown)
+			}
+		})
+	}
+	t.Run("no TLS", func(t *testing.T) {
+		raw, err := net.Dial("tcp", p.listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer raw.Close() //nolint:errcheck // the test is over
+		if _, err := io.WriteString(raw, "\x13BitTorrent protocol and so on"); err != nil {
+			t.Fatal(err)
+		}
+		if said, _ := hear(raw); len(said) > 7 { // a TLS alert
+			t.Errorf("the stranger was told %q", said)
+		}
+	})
+	if n := len(p.torrent.queue) + len(p.grpc.queue); n > 0 {
+		t.Errorf("%d strangers were let in", n)
+	}
+}
+
+// A server that knows the cluster's name but has no certificate of it must
+// not be talked to, nor one that speaks something else.
+func TestDialRefusesServers(t *testing.T) {
+	key := GenerateKey()
+	member, imposter := keyed(t, key, "member"), keyed(t, GenerateKey(), "imposter")
+	imposter.knock = member.knock
+	p := openPort(t, imposter, nil)
+	_, err := member.Dial(t.Context(), p.listener.Addr().String(), ProtoBitTorrent)
+	var unknown x509.UnknownAuthorityError
+	if !errors.As(err, &unknown) {
+		t.Errorf("dialling an imposter: %v", err)
+	}
+	if _, err := member.Dial(t.Context(), openPort(t, keyed(t, key, "s"), nil).listener.Addr().String(), "smtp"); err == nil {
+		t.Error("a protocol that the port does not speak was agreed on")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := member.Dial(ctx, p.listener.Addr().String(), ProtoGRPC); !errors.Is(err, context.Canceled) {
+		t.Errorf("dialling with a context that is over: %v", err)
+	}
+}
+
+func TestGRPCKnowsItsPeer(t *testing.T) {
+	key := GenerateKey()
+	server := keyed(t, key, "server")
+	p := openPort(t, server, nil)
+	names := make(chan string, 1)
+	srv := grpc.NewServer(grpc.Creds(server.ServerCredentials()), grpc.UnaryInterceptor(
+		func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
+			name, _ := PeerName(ctx)
+			names <- name
+			return h(ctx, req)
+		}))
+	healthv1.RegisterHealthServer(srv, health.NewServer())
+	start(t, func(ctx context.Context) error {
+		defer context.AfterFunc(ctx, srv.Stop)()
+		return srv.Serve(p.GRPC())
+	})
+	call := func(id *Identity) error {
+		conn, err := grpc.NewClient("passthrough:///"+p.listener.Addr().String(), id.GRPCDialOptions()...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close() //nolint:errcheck // the call is over
+		_, err = healthv1.NewHealthClient(conn).Check(t.Context(), &healthv1.HealthCheckRequest{})
+		return err
+	}
+	t.Setenv("HTTPS_PROXY", "http://127.0.0.1:1") // where nobody answers
+	if err := call(keyed(t, key, "caller")); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-names; got != "caller" {
+		t.Errorf("the handler knows its peer as %q", got)
+	}
+	if err := call(keyed(t, GenerateKey(), "stranger")); err == nil {
+		t.Error("a stranger's call was answered")
+	}
+	if name, ok := PeerName(t.Context()); ok {
+		t.Errorf("a call from nowhere has the peer %q", name)
+	}
+	if _, _, err := server.ServerCredentials().ServerHandshake(&net.TCPConn{}); err == nil || !strings.Contains(err.Error(), "data port") {
+		t.Errorf("a bare connection was taken: %v", err)
+	}
+}
+
+func TestSlowConsumerStopsNobody(t *testing.T) {
+	key := GenerateKey()
+	p := openPort(t, keyed(t, key, "server"), func(p *DataPort) { p.torrent.queue = make(chan *tls.Conn, 1) })
+	member := keyed(t, key, "member")
+	dial := func(proto string) net.Conn {
+		conn, err := member.Dial(t.Context(), p.listener.Addr().String(), proto)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() }) // may be closed from the other side
+		return conn
+	}
+	dial(ProtoBitTorrent)
+	// The queue holds one: of the next two at least one is dropped at once.
+	two := []net.Conn{dial(ProtoBitTorrent), dial(ProtoBitTorrent)}
+	dropped := make(chan error, len(two))
+	for _, conn := range two {
+		go func() { _, err := hear(conn); dropped <- err }()
+	}
+	if err := <-dropped; errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error(err)
+	}
+	dial(ProtoGRPC)
+	if _, err := p.GRPC().Accept(); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.BitTorrent().Close(); err != nil {
+		t.Fatal(err)
+	}
+	// The one in the queue, if it was one of the two.
+	if err := <-dropped; errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error(err)
+	}
+	if _, err := p.BitTorrent().Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept after Close: %v", err)
+	}
+	dial(ProtoGRPC) // the other protocol goes on
+	if _, err := p.GRPC().Accept(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestSilentStrangersAreBounded(t *testing.T) {
+	key := GenerateKey()
+	p := openPort(t, keyed(t, key, "server"), func(p *DataPort) {
+		p.slots = make(chan struct{}, 1)
+		p.patience = 200 * time.Millisecond
+	})
+	greet(t, p)
+	ended := make(chan string, 3)
+	for range 3 { // one keeps the only slot until patience ends, the rest are dropped
+		conn, err := net.Dial("tcp", p.listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() }) // closed from the other side
+		go func() { s, _ := hear(conn); ended <- s }()
+	}
+	for range 3 {
+		if s := <-ended; s != "" {
+			t.Errorf("a silent stranger was told %q", s)
+		}
+	}
+	if got := greeting(t, keyed(t, key, "a"), p); got != "hello a" {
+		t.Errorf("after the strangers a member hears %q", got)
+	}
+}
+
+// flaky fails to accept a few times, as a process without file descriptors.
+type flaky struct {
+	net.Listener
+	failures int
+}
+
+func (l *flaky) Accept() (net.Conn, error) {
+	if l.failures > 0 {
+		l.failures--
+		return nil, &net.OpError{Op: "accept", Err: syscall.EMFILE}
+	}
+	return l.Listener.Accept()
+}
+
+func TestPortOutlivesFailures(t *testing.T) {
+	key := GenerateKey()
+	p := NewDataPort(&flaky{Listener: listen(t), failures: 3}, keyed(t, key, "server"), silent)
+	start(t, p.Run)
+	greet(t, p)
+	if got := greeting(t, keyed(t, key, "a"), p); got != "hello a" {
+		t.Errorf("a member hears %q", got)
+	}
+}
+
+func TestPortCloses(t *testing.T) {
+	key := GenerateKey()
+	p := NewDataPort(listen(t), keyed(t, key, "server"), silent)
+	stop := start(t, p.Run)
+	conn, err := keyed(t, key, "a").Dial(t.Context(), p.listener.Addr().String(), ProtoGRPC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close() //nolint:errcheck // closed from the other side
+	stop()
+	if said, err := hear(conn); said != "" || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("heard %q from a closed port, %v", said, err)
+	}
+	for _, l := range []net.Listener{p.GRPC(), p.BitTorrent()} {
+		if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Accept after the end: %v", err)
+		}
+		if l.Addr().String() != p.listener.Addr().String() {
+			t.Error("a listener has another address than the port")
+		}
+	}
+
+	broken := NewDataPort(listen(t), keyed(t, key, "server"), silent)
+	_ = broken.listener.Close() // by someone else
+	if err := broken.Run(t.Context()); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Run on a closed listener: %v", err)
+	}
+}
+
+func TestQueuedConnectionsAreDropped(t *testing.T) {
+	l := newPortListener(&net.TCPAddr{})
+	here, there := net.Pipe()
+	if !l.offer(tls.Server(here, &tls.Config{MinVersion: tls.VersionTLS13})) {
+		t.Fatal("an empty queue is full")
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := hear(there); err != nil { // an orderly end; anything else is patience running out
+		t.Errorf("the connection nobody accepted is open: %v", err)
+	}
+	if l.offer(tls.Server(here, &tls.Config{MinVersion: tls.VersionTLS13})) {
+		t.Error("a closed queue takes connections")
+	}
+	if err := l.Close(); err != nil {
+		t.Errorf("the second Close: %v", err)
+	}
+}
