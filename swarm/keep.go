@@ -1,0 +1,242 @@
+package swarm
+
+import (
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/anacrolix/torrent"
+)
+
+const (
+	// isolation is how long a peer is left out of a blob after it sent part of
+	// a piece that was bad, when others had sent parts of it too.
+	isolation = time.Second
+	// maxBad is how many bad pieces a peer may have had a part in, beyond the
+	// good ones, before it is banned whoever else had a part in them.
+	maxBad = 8
+)
+
+// account is what is known of one peer's doings in one blob.
+type account struct {
+	bytes     int64
+	good, bad int       // pieces it had a part in
+	until     time.Time // left out before that
+	banned    bool
+}
+
+// account returns the peer's account. b.acct must be held.
+func (b *Blob) account(peer string) *account {
+	a := b.accounts[peer]
+	if a == nil {
+		a = &account{}
+		b.accounts[peer] = a
+	}
+	return a
+}
+
+// refuses reports whether nothing is to be exchanged with the peer now.
+func (b *Blob) refuses(peer string, now time.Time) bool {
+	b.acct.Lock()
+	defer b.acct.Unlock()
+	a := b.accounts[peer]
+	return a != nil && (a.banned || now.Before(a.until))
+}
+
+// ban excludes the peer from this blob for good.
+func (b *Blob) ban(peer, why string) {
+	b.acct.Lock()
+	a := b.account(peer)
+	first := !a.banned
+	a.banned = true
+	b.kicked[peer] = struct{}{}
+	b.acct.Unlock()
+	if first {
+		b.swarm.opts.Log.Warn("peer banned from blob", "digest", b.digest, "peer", peer, "reason", why)
+	}
+	b.poke()
+}
+
+// received notes a chunk that came from the peer. The client is locked.
+func (s *segment) received(peer string, piece, n int) {
+	b := s.blob
+	b.downloaded.Add(int64(n))
+	b.touch()
+	b.acct.Lock()
+	defer b.acct.Unlock()
+	b.account(peer).bytes += int64(n)
+	from := s.senders[piece]
+	if from == nil {
+		from = map[string]struct{}{}
+		s.senders[piece] = from
+	}
+	from[peer] = struct{}{}
+}
+
+// passed notes that a piece was good.
+func (s *segment) passed(piece int) {
+	b := s.blob
+	b.acct.Lock()
+	defer b.acct.Unlock()
+	s.good[piece] = struct{}{}
+	for p := range s.senders[piece] {
+		b.account(p).good++
+	}
+	delete(s.senders, piece)
+}
+
+// unread notes that a piece could not be read to be checked, which is no
+// peer's fault.
+func (s *segment) unread(piece int) {
+	s.blob.acct.Lock()
+	defer s.blob.acct.Unlock()
+	s.broken[piece] = struct{}{}
+}
+
+// failed notes that a piece was bad. A peer that sent all of it is banned. Of
+// several, one is to blame, but not known which: chunks of a
+// good and a bad peer could be mixed for ever. So all but the one with the
+// best record are left out for a while: either the piece is good then, and the
+// client finds out and bans who had sent something else, or it is bad, and the
+// one is banned.
+func (s *segment) failed(piece int, now time.Time) {
+	b := s.blob
+	b.acct.Lock()
+	defer b.acct.Unlock()
+	from := slices.Collect(maps.Keys(s.senders[piece]))
+	delete(s.senders, piece)
+	if _, ok := s.broken[piece]; ok {
+		delete(s.broken, piece)
+		return
+	}
+	best := ""
+	record := func(p string) int { a := b.account(p); return a.good - a.bad }
+	for _, p := range from {
+		if best == "" || record(p) > record(best) {
+			best = p
+		}
+	}
+	for _, p := range from {
+		a := b.account(p)
+		a.bad++
+		switch {
+		case len(from) == 1 || a.bad-a.good >= maxBad:
+			a.banned = true
+		case p != best:
+			a.until = now.Add(isolation)
+		default:
+			continue
+		}
+		b.kicked[p] = struct{}{}
+	}
+	b.swarm.opts.Log.Warn("piece from peers was bad", "digest", b.digest, "segment", s.index, "piece", piece, "peers", from)
+	b.poke()
+}
+
+// keep hands the peers of incomplete segments in again, for the client forgets
+// a peer that could not be reached or did not have the torrent yet, and does
+// what callbacks must not: everything that takes the client's lock.
+func (b *Blob) keep() {
+	tick := time.NewTicker(pace)
+	defer tick.Stop()
+	for {
+		due := tick.C
+		if !b.look(time.Now()) {
+			due = nil // nothing to hand in until somebody asks for more
+		}
+		select {
+		case <-b.ctx.Done():
+			return
+		case <-b.wake:
+		case <-due:
+		}
+	}
+}
+
+// look does what is to be done now, and reports whether a segment is
+// incomplete.
+func (b *Blob) look(now time.Time) (incomplete bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return false
+	}
+	if b.Err() != nil {
+		for _, s := range maps.Clone(b.segs) {
+			b.drop(s)
+		}
+		return false
+	}
+	b.kick()
+	for _, s := range b.segs {
+		if s.t.Complete().Bool() {
+			continue
+		}
+		incomplete = true
+		b.refresh(s)
+		b.handIn(s, now)
+	}
+	return incomplete
+}
+
+// refresh tells the client of pieces that have arrived from elsewhere. b.mu
+// must be held.
+func (b *Blob) refresh(s *segment) {
+	for i := range s.t.NumPieces() {
+		p := s.t.Piece(i)
+		if st := p.State(); st.Complete || st.Hashing || st.QueuedForHash || st.Marking {
+			continue
+		}
+		off := s.off + int64(i)*b.layout.PieceSize
+		if b.present(off, min(b.layout.PieceSize, s.off+s.n-off)) {
+			p.UpdateCompletion()
+		}
+	}
+}
+
+// handIn gives the segment's peers to the client, which connects to those it
+// is not connected to. b.mu must be held.
+func (b *Blob) handIn(s *segment, now time.Time) {
+	if s.t.Complete().Bool() {
+		return
+	}
+	infos := make([]torrent.PeerInfo, 0, len(s.peers))
+	for _, p := range s.peers {
+		if b.refuses(p, now) {
+			continue
+		}
+		f := b.faces[p]
+		if f == nil {
+			f = b.swarm.newFace(p, p)
+			f.blob.Store(b)
+			b.faces[p] = f
+		}
+		infos = append(infos, torrent.PeerInfo{Addr: f, Source: torrent.PeerSourceDirect})
+	}
+	if len(infos) > 0 {
+		s.t.AddPeers(infos)
+	}
+}
+
+// kick closes the connections with peers that were banned or left out. b.mu
+// must be held.
+func (b *Blob) kick() {
+	b.acct.Lock()
+	kicked := b.kicked
+	b.kicked = map[string]struct{}{}
+	b.acct.Unlock()
+	if len(kicked) == 0 {
+		return
+	}
+	for _, s := range b.segs {
+		for _, c := range s.t.PeerConns() {
+			f, ok := c.RemoteAddr.(*face)
+			if !ok {
+				continue
+			}
+			if _, out := kicked[f.peer]; out {
+				_ = c.Close() // returns nothing but nil
+			}
+		}
+	}
+}

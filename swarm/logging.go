@@ -1,0 +1,51 @@
+package swarm
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/anacrolix/log"
+)
+
+// demoted passes what the torrent client logs on at debug level, whatever the
+// client thinks of it: what matters to an operator is logged by this package.
+type demoted struct{ slog.Handler }
+
+func (d demoted) Enabled(ctx context.Context, _ slog.Level) bool {
+	return d.Handler.Enabled(ctx, slog.LevelDebug)
+}
+
+func (d demoted) Handle(ctx context.Context, r slog.Record) error {
+	r.Level = slog.LevelDebug
+	return d.Handler.Handle(ctx, r)
+}
+
+func (d demoted) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return demoted{d.Handler.WithAttrs(attrs)}
+}
+
+func (d demoted) WithGroup(name string) slog.Handler {
+	return demoted{d.Handler.WithGroup(name)}
+}
+
+// Handle takes what the client logs through its older logger. The adapter that
+// comes with it panics when the handler returns an error.
+func (d demotedAnalog) Handle(r log.Record) {
+	if d.Enabled(context.Background(), slog.LevelDebug) {
+		_ = d.Handler.Handle(context.Background(), slog.NewRecord(time.Now(), slog.LevelDebug, r.Text(), 0))
+	}
+}
+
+type demotedAnalog struct{ demoted }
+
+// libraryLoggers returns the loggers to give to the torrent client.
+func libraryLoggers(l *slog.Logger) (log.Logger, *slog.Logger) {
+	d := demoted{l.With("part", "torrent").Handler()}
+	old := log.NewLogger().WithDefaultLevel(log.Debug)
+	old.SetHandlers(demotedAnalog{d})
+	if !d.Enabled(context.Background(), slog.LevelDebug) {
+		old = old.WithFilterLevel(log.Disabled)
+	}
+	return old, slog.New(d)
+}
