@@ -1,0 +1,355 @@
+package tracker
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	api "github.com/imagewolf/imagewolf/api/v1"
+)
+
+const (
+	// failureMemory is how long a tracker that could not be reached is tried
+	// after all others. Gossip takes about as long to find out for itself.
+	failureMemory = 5 * time.Second
+	// minAttempt is the least time that one tracker is given to answer.
+	minAttempt = 50 * time.Millisecond
+	// maxAttempt is the most, and what it has when there is no deadline.
+	maxAttempt = 2 * time.Second
+	// sessionQueue is how many messages may wait for a tracker that does not
+	// read before the session is given up.
+	sessionQueue = 8192
+	// received is how many messages may wait for the session's user.
+	received = 64
+)
+
+// ErrClosed is the error of what is asked of a closed Client or Session.
+var ErrClosed = errors.New("closed")
+
+// ErrMoved ends a session whose blob has another tracker now: join again,
+// with resumed set.
+var ErrMoved = errors.New("blob has another tracker")
+
+// ErrNoTracker is returned by Join when no tracker of the blob answers.
+var ErrNoTracker = errors.New("no tracker answers")
+
+// Peer is a node of the cluster.
+type Peer struct {
+	Name    string // the node's name in the cluster
+	Address string // host:port of its data port
+}
+
+// ClientOptions is what a Client needs.
+type ClientOptions struct {
+	Self Peer
+	Zone string
+	// Dial makes a connection to a node's data port. It may be lazy, as
+	// grpc.NewClient is; the Client keeps and closes what it returns.
+	Dial func(ctx context.Context, addr string) (*grpc.ClientConn, error)
+	// Trackers are the nodes that may be a blob's tracker, best first.
+	Trackers func(d digest.Digest) []Peer
+	Log      *slog.Logger
+}
+
+// Client joins blobs at their trackers. It is safe for concurrent use.
+type Client struct {
+	o     ClientOptions
+	conns *conns
+	joins sync.WaitGroup // calls of Join
+
+	mu       sync.Mutex
+	closed   bool                  // guarded by mu
+	sessions map[*Session]struct{} // guarded by mu
+	failed   map[string]time.Time  // tracker address -> until when it is avoided; guarded by mu
+}
+
+// NewClient returns a Client without connections. Close it.
+func NewClient(o ClientOptions) *Client {
+	return &Client{
+		o:        o,
+		conns:    &conns{dial: o.Dial, byAddr: map[string]*conn{}},
+		sessions: map[*Session]struct{}{},
+		failed:   map[string]time.Time{},
+	}
+}
+
+// Close ends all sessions, waits for them and closes all connections.
+// Registrars of this client must have returned from Run before.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	c.closed = true
+	for s := range c.sessions {
+		s.cancel()
+	}
+	c.mu.Unlock()
+	c.joins.Wait()
+	for _, s := range c.open() {
+		s.Close()
+	}
+	return c.conns.close()
+}
+
+// open is all sessions now.
+func (c *Client) open() []*Session {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Collect(maps.Keys(c.sessions))
+}
+
+// Join makes this node a member of the blob that hello names, at its best
+// tracker that answers before ctx ends; ctx does not bound the session. Self
+// and zone are filled in. The error is ErrNoTracker when none answers, or the
+// refusal of the one that did (as a gRPC status). The caller must Close the
+// session.
+func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return nil, ErrClosed
+	}
+	c.joins.Add(1)
+	c.mu.Unlock()
+	defer c.joins.Done()
+
+	d := digest.Digest(hello.GetDigest())
+	hello = proto.CloneOf(hello)
+	hello.Self = &api.Peer{Name: c.o.Self.Name, Address: c.o.Self.Address}
+	hello.Zone = c.o.Zone
+	trackers := c.inOrder(d)
+	failure := ErrNoTracker
+	for i, t := range trackers {
+		if ctx.Err() != nil {
+			break
+		}
+		s, err := c.try(ctx, t, hello, len(trackers)-i-1)
+		if err == nil {
+			return s, nil
+		}
+		if errors.Is(err, ErrClosed) || refused(err) {
+			return nil, fmt.Errorf("join %s at %s: %w", d, t.Name, err)
+		}
+		failure = fmt.Errorf("%w; %s: %w", failure, t.Name, err)
+		if !errors.Is(ctx.Err(), context.Canceled) {
+			c.avoid(t)
+		}
+	}
+	return nil, fmt.Errorf("join %s: %w", d, failure)
+}
+
+// inOrder is the blob's trackers, best first, those that failed a moment ago
+// last.
+func (c *Client) inOrder(d digest.Digest) []Peer {
+	all := c.o.Trackers(d)
+	good, bad := make([]Peer, 0, len(all)), []Peer(nil)
+	for _, t := range all {
+		if c.avoided(t) {
+			bad = append(bad, t)
+		} else {
+			good = append(good, t)
+		}
+	}
+	return append(good, bad...)
+}
+
+func (c *Client) avoid(t Peer) {
+	now := time.Now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for addr, until := range c.failed {
+		if now.After(until) {
+			delete(c.failed, addr)
+		}
+	}
+	c.failed[t.Address] = now.Add(failureMemory)
+}
+
+func (c *Client) avoided(t Peer) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return time.Now().Before(c.failed[t.Address])
+}
+
+// refused says whether a tracker has answered, with no. Another tracker would
+// say the same.
+func refused(err error) bool {
+	switch status.Code(err) {
+	case codes.FailedPrecondition, codes.PermissionDenied, codes.InvalidArgument, codes.Unauthenticated, codes.ResourceExhausted:
+		return true
+	}
+	return false
+}
+
+// try joins at one tracker, within its share of the time: half of what is
+// left while there are others to try, so that one that swallows packets does
+// not use up all of it.
+func (c *Client) try(ctx context.Context, t Peer, hello *api.Hello, others int) (*Session, error) {
+	limit := maxAttempt
+	if deadline, ok := ctx.Deadline(); ok && others > 0 {
+		limit = min(limit, max(time.Until(deadline)/2, minAttempt))
+	}
+	first, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	s, err := c.newSession(first, t, digest.Digest(hello.GetDigest()))
+	if err != nil {
+		return nil, err
+	}
+	// Until the first answer the attempt's time bounds the stream, too.
+	stop := context.AfterFunc(first, s.cancel)
+	err = s.start(first, hello)
+	if err == nil && !stop() {
+		err = fmt.Errorf("no answer in time: %w", context.Cause(first))
+	}
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	c.mu.Lock()
+	s.joined = true
+	delete(c.failed, t.Address)
+	c.mu.Unlock()
+	return s, nil
+}
+
+// newSession makes a session without a stream.
+func (c *Client) newSession(ctx context.Context, t Peer, d digest.Digest) (*Session, error) {
+	conn, release, err := c.conns.get(ctx, t.Address)
+	if err != nil {
+		return nil, err
+	}
+	s := &Session{
+		c: c, tracker: t, digest: d, conn: conn, release: release,
+		out:  newOutbox[*api.MemberMessage](sessionQueue),
+		recv: make(chan *api.TrackerMessage, received),
+		over: make(chan struct{}),
+	}
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		s.cancel()
+		release()
+		return nil, ErrClosed
+	}
+	c.sessions[s] = struct{}{}
+	return s, nil
+}
+
+// TrackersChanged ends, with ErrMoved, the sessions that are not at their
+// blob's best tracker any more. To be called when membership has changed.
+func (c *Client) TrackersChanged() {
+	for _, s := range c.open() {
+		c.mu.Lock()
+		joined := s.joined
+		c.mu.Unlock()
+		// One that is with the next best because the best does not answer
+		// stays there.
+		if best := c.inOrder(s.digest); joined && len(best) > 0 && best[0] != s.tracker {
+			s.fail(ErrMoved)
+			s.cancel()
+		}
+	}
+}
+
+// conns caches connections by address. One that nobody uses is closed after a
+// minute.
+type conns struct {
+	dial func(ctx context.Context, addr string) (*grpc.ClientConn, error)
+
+	mu     sync.Mutex
+	closed bool             // guarded by mu
+	byAddr map[string]*conn // guarded by mu
+}
+
+type conn struct {
+	cc   *grpc.ClientConn
+	uses int         // guarded by conns.mu
+	idle *time.Timer // while uses is 0; guarded by conns.mu
+}
+
+// connIdle is how long a connection without streams is kept.
+const connIdle = time.Minute
+
+// get returns the connection to addr and how to give it back, once.
+func (c *conns) get(ctx context.Context, addr string) (*grpc.ClientConn, func(), error) {
+	c.mu.Lock()
+	k := c.byAddr[addr]
+	if c.closed {
+		c.mu.Unlock()
+		return nil, nil, ErrClosed
+	}
+	if k == nil {
+		c.mu.Unlock()
+		cc, err := c.dial(ctx, addr) // may take its time
+		if err != nil {
+			return nil, nil, err
+		}
+		c.mu.Lock()
+		switch k = c.byAddr[addr]; {
+		case c.closed:
+			c.mu.Unlock()
+			return nil, nil, cmp.Or(cc.Close(), ErrClosed)
+		case k != nil: // another was faster
+			defer cc.Close()
+		default:
+			k = &conn{cc: cc}
+			c.byAddr[addr] = k
+		}
+	}
+	defer c.mu.Unlock()
+	if k.uses++; k.cc.GetState() == connectivity.TransientFailure {
+		k.cc.ResetConnectBackoff() // we have our own; do not wait for gRPC's
+	}
+	if k.idle != nil {
+		k.idle.Stop()
+		k.idle = nil
+	}
+	return k.cc, sync.OnceFunc(func() { c.put(addr, k) }), nil
+}
+
+func (c *conns) put(addr string, k *conn) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if k.uses--; k.uses > 0 || c.closed {
+		return
+	}
+	var t *time.Timer
+	t = time.AfterFunc(connIdle, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if k.idle == t && !c.closed {
+			delete(c.byAddr, addr)
+			_ = k.cc.Close() // only says that it was closed before
+		}
+	})
+	k.idle = t
+}
+
+func (c *conns) close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil
+	}
+	c.closed = true
+	var errs []error
+	for _, k := range c.byAddr {
+		if k.idle != nil {
+			k.idle.Stop()
+		}
+		errs = append(errs, k.cc.Close())
+	}
+	return errors.Join(errs...)
+}

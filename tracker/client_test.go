@@ -1,0 +1,157 @@
+package tracker
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	api "github.com/imagewolf/imagewolf/api/v1"
+)
+
+func TestJoinTriesTheNextAndRemembers(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		ts := n.serve("t1", nil)
+		hole := Peer{"t0", "t0"}
+		n.setOrder(hole, ts.peer)
+		c := n.client("a", "")
+		timed := func(hello *api.Hello) time.Duration {
+			start := time.Now()
+			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+			defer cancel()
+			s, err := c.Join(ctx, hello)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if s.Tracker() != ts.peer {
+				t.Errorf("joined at %v", s.Tracker())
+			}
+			s.Close()
+			return time.Since(start)
+		}
+		hello := &api.Hello{Digest: testDigest.String(), Size: testSize}
+		if took := timed(hello); took != 150*time.Millisecond {
+			t.Errorf("the first join took %v", took)
+		}
+		if took := timed(hello); took != 0 {
+			t.Errorf("the second join took %v", took)
+		}
+		time.Sleep(failureMemory) // virtual
+		if took := timed(hello); took != 150*time.Millisecond {
+			t.Errorf("the failure is remembered for ever: %v", took)
+		}
+	})
+}
+
+func TestJoinWithoutTracker(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		c := n.client("a", "")
+		hello := &api.Hello{Digest: testDigest.String(), Size: testSize}
+		if _, err := c.Join(t.Context(), hello); !errors.Is(err, ErrNoTracker) {
+			t.Errorf("no trackers: %v", err)
+		}
+		n.setOrder(Peer{"t0", "t0"}, Peer{"t1", "t1"})
+		start := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		if _, err := c.Join(ctx, hello); !errors.Is(err, ErrNoTracker) {
+			t.Errorf("dead trackers: %v", err)
+		}
+		if took := time.Since(start); took > 300*time.Millisecond {
+			t.Errorf("that took %v", took)
+		}
+	})
+}
+
+func TestRefusalIsFinal(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		n.serve("t0", func(o *ServerOptions) {
+			o.PeerName = func(context.Context) (string, bool) { return "b", true }
+		})
+		n.serve("t1", nil)
+		_, err := n.client("a", "").Join(t.Context(), &api.Hello{Digest: testDigest.String(), Size: testSize})
+		if status.Code(err) != codes.PermissionDenied {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+func TestSessionMovesWithTheTracker(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		t0, t1 := n.serve("t0", nil), n.serve("t1", nil)
+		c := n.client("a", "")
+		s := n.join(c, nil)
+		defer s.Close()
+		expect(t, s, "wait")
+		c.TrackersChanged() // to the same
+		if err := s.Err(); err != nil {
+			t.Fatal(err)
+		}
+		n.setOrder(t1.peer, t0.peer)
+		c.TrackersChanged()
+		for range s.Recv() {
+		}
+		if !errors.Is(s.Err(), ErrMoved) {
+			t.Errorf("over: %v", s.Err())
+		}
+		if err := s.Send(&api.MemberMessage{}); !errors.Is(err, ErrMoved) {
+			t.Errorf("send: %v", err)
+		}
+		again := n.join(c, nil)
+		if again.Tracker() != t1.peer {
+			t.Errorf("at %v", again.Tracker())
+		}
+		again.Close()
+		if !errors.Is(again.Err(), ErrClosed) {
+			t.Errorf("closed: %v", again.Err())
+		}
+	})
+}
+
+func TestIdleConnectionsAreClosed(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		n.serve("t0", nil)
+		c := n.client("a", "")
+		one, two := n.join(c, nil), n.join(c, nil)
+		one.Close()
+		two.Close()
+		count := func() int {
+			c.conns.mu.Lock()
+			defer c.conns.mu.Unlock()
+			return len(c.conns.byAddr)
+		}
+		time.Sleep(connIdle / 2) // virtual
+		three := n.join(c, nil)
+		time.Sleep(2 * connIdle)
+		if got := count(); got != 1 {
+			t.Errorf("%d connections while one is used", got)
+		}
+		three.Close()
+		time.Sleep(2 * connIdle)
+		if got := count(); got != 0 {
+			t.Errorf("%d connections when none is used", got)
+		}
+	})
+}
+
+func TestClosedClient(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		n.serve("t0", nil)
+		c := n.client("a", "")
+		s := n.join(c, nil)
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		for range s.Recv() {
+		}
+		if !errors.Is(s.Err(), ErrClosed) {
+			t.Errorf("session: %v", s.Err())
+		}
+		if _, err := c.Join(t.Context(), &api.Hello{}); !errors.Is(err, ErrClosed) {
+			t.Errorf("join: %v", err)
+		}
+	})
+}

@@ -1,0 +1,283 @@
+package tracker
+
+import (
+	"cmp"
+	"time"
+)
+
+// decide sees to it that the blob is on its way to whoever waits for it: from
+// seeders, from a fetcher, or from one more fetcher. It is called after every
+// event that may matter to that and when wake is reached.
+func (m *Machine) decide(now time.Time) {
+	m.wake = time.Time{}
+	m.releaseOutcasts(now)
+	m.expireTold(now)
+	if m.starving == 0 {
+		m.vacant = time.Time{}
+		return
+	}
+	m.askSeeders(now)
+	if len(m.fetchers) > 0 {
+		m.vacant = time.Time{}
+		m.hedge(now)
+		return
+	}
+	if m.vacant.IsZero() {
+		m.vacant = now
+		m.loadedSince = time.Time{}
+	}
+	if m.supplied(now) {
+		return
+	}
+	m.fill(now)
+}
+
+// wakeAt asks for decide to be called at t, unless it will be sooner.
+func (m *Machine) wakeAt(t time.Time) { m.wake = earlier(m.wake, t) }
+
+// lastMove is when there was last hope without a fetcher.
+func (m *Machine) lastMove() time.Time { return later(m.progressed, m.vacant) }
+
+// releaseOutcasts sends members that are banned for all to the registry: no
+// one takes anything from them, and their own bytes are not to be trusted.
+func (m *Machine) releaseOutcasts(now time.Time) {
+	if !m.outcasts {
+		return
+	}
+	for _, x := range m.list {
+		if x.class == outcast && x.canFetch && !x.whole && !x.fetching && x.told.IsZero() {
+			x.told = now
+			m.send(x, fetchMessage())
+		}
+	}
+}
+
+// supplied says whether the bytes come from somewhere although there is no
+// fetcher, and if so sets when to look again.
+func (m *Machine) supplied(now time.Time) bool {
+	if m.inline != nil {
+		return true
+	}
+	until := time.Time{}
+	if !m.small() && m.covered == len(m.segs) {
+		// Everything is among the members; but they may be unreachable, so
+		// when nobody gets a byte for long the registry is asked after all.
+		until = m.lastMove().Add(2 * m.stall)
+	}
+	for _, x := range m.list {
+		if x.class == source {
+			until = later(until, x.heard.Add(m.stall))
+		}
+	}
+	for _, s := range m.seeders {
+		if m.members[s.name] == nil && !s.asked.IsZero() && !s.failed {
+			until = later(until, s.asked.Add(m.stall))
+		}
+	}
+	if !now.Before(until) {
+		return false
+	}
+	m.wakeAt(until)
+	return true
+}
+
+// fill tells somebody to fetch, now or at the end of a grace.
+func (m *Machine) fill(now time.Time) {
+	if now.Before(m.resumeUntil) {
+		m.wakeAt(m.resumeUntil)
+		return
+	}
+	best := m.candidate(true)
+	if best == nil {
+		best = m.candidate(false)
+		if best == nil {
+			return // the status of somebody who can fetch brings us back
+		}
+		if m.loadedSince.IsZero() {
+			m.loadedSince = now
+		}
+		if until := m.loadedSince.Add(m.stall); now.Before(until) {
+			m.wakeAt(until)
+			return
+		}
+	} else {
+		m.loadedSince = time.Time{}
+	}
+	if !m.begun && best.rank > 0 && (m.count == nil || len(m.list) < m.count()) {
+		if m.graceUntil.IsZero() {
+			m.graceUntil = now.Add(decideGrace)
+		}
+		if now.Before(m.graceUntil) {
+			m.wakeAt(m.graceUntil)
+			return
+		}
+	}
+	if m.reached(best) < m.reach() {
+		// Others hold what comes next: let the one that will go on take it
+		// from them first, so that the registry is asked for no byte twice.
+		if until := m.lastMove().Add(m.stall); now.Before(until) {
+			m.wakeAt(until)
+			return
+		}
+	}
+	m.tell(now, best)
+}
+
+// reach is the end of the bytes from 0 on that are among the members.
+func (m *Machine) reach() int64 {
+	var end int64
+	for i := range m.segs {
+		if m.segs[i].holders() == 0 {
+			break
+		}
+		end = m.segmentEnd(i)
+	}
+	return end
+}
+
+// hedge sends one more member to the registry when all fetchers stand still.
+func (m *Machine) hedge(now time.Time) {
+	due := m.lastTell.Add(m.stall)
+	for _, f := range m.fetchers {
+		if f.present >= m.size {
+			return // has all, is checking it
+		}
+		due = later(due, f.moved.Add(m.stall))
+	}
+	if now.Before(due) {
+		m.wakeAt(due)
+		return
+	}
+	if len(m.fetchers) >= maxFetchers {
+		return
+	}
+	best := m.candidate(true)
+	if best == nil {
+		best = m.candidate(false)
+	}
+	if best != nil {
+		m.tell(now, best)
+		m.wakeAt(now.Add(m.stall))
+	}
+}
+
+// expireTold takes the role from members that were told to fetch long ago and
+// never did.
+func (m *Machine) expireTold(now time.Time) {
+	for i := len(m.fetchers) - 1; i >= 0; i-- {
+		f := m.fetchers[i]
+		if f.fetching {
+			continue
+		}
+		if until := f.told.Add(2 * m.stall); now.Before(until) {
+			m.wakeAt(until)
+			continue
+		}
+		f.told = time.Time{}
+		f.tells++
+		m.sort(now, f)
+	}
+}
+
+func (m *Machine) tell(now time.Time, x *member) {
+	x.told, x.moved, m.lastTell = now, now, now
+	m.begun = true
+	m.sort(now, x)
+	m.send(x, fetchMessage())
+}
+
+// candidate is the best member to fetch, nil if there is none. With idle,
+// members that fetch as much as they can already are passed over.
+func (m *Machine) candidate(idle bool) *member {
+	var best *member
+	for _, x := range m.list {
+		if !x.canFetch || !x.starves(m.size) || (idle && x.load >= maxLoad) {
+			continue
+		}
+		if best == nil || m.better(x, best) {
+			best = x
+		}
+	}
+	return best
+}
+
+// better says whether a is to fetch rather than b. Those that did nothing
+// when told come last; the longest prefix leaves the least to fetch; the rest
+// spreads the layers of one image over the nodes.
+func (m *Machine) better(a, b *member) bool {
+	return cmp.Or(
+		cmp.Compare(a.tells, b.tells),
+		cmp.Compare(m.reached(b), m.reached(a)),
+		cmp.Compare(a.load, b.load),
+		cmp.Compare(min(a.rank, 1), min(b.rank, 1)),
+		cmp.Compare(weight(b.hash, m.hash), weight(a.hash, m.hash)),
+		cmp.Compare(a.name, b.name),
+	) < 0
+}
+
+// askSeeders asks as many registered seeders to serve as the leechers that
+// wait are worth: half as many, so that each first hop has others to pass its
+// segment on to.
+func (m *Machine) askSeeders(now time.Time) {
+	if len(m.seeders) == 0 || m.inline != nil {
+		return
+	}
+	want := min(max((m.starving+1)/2, 1), maxSeeders)
+	if m.small() {
+		want = 1
+	}
+	have := 0
+	asked := map[string]int{} // by zone
+	for _, x := range m.list {
+		if x.class == source && (x.held > 0 || now.Before(x.heard.Add(m.stall))) {
+			have++
+			asked[x.zone]++
+		}
+	}
+	for _, s := range m.seeders {
+		if s.asked.IsZero() || s.failed || m.members[s.name] != nil {
+			continue
+		}
+		until := s.asked.Add(m.stall)
+		if !now.Before(until) {
+			s.failed = true
+			continue
+		}
+		m.wakeAt(until)
+		have++
+		asked[s.zone]++
+	}
+	for have < want {
+		s := m.nextSeeder(asked)
+		if s == nil {
+			return
+		}
+		s.asked = now
+		m.wakeAt(now.Add(m.stall))
+		m.out = append(m.out, Command{To: s.name, Serve: true})
+		have++
+		asked[s.zone]++
+	}
+}
+
+// nextSeeder is the one to ask next: where the most leechers wait per seeder
+// asked, then by rendezvous.
+func (m *Machine) nextSeeder(asked map[string]int) *seeder {
+	var best *seeder
+	rank := func(s *seeder) float64 {
+		return float64(len(m.zones[s.zone])) / float64(asked[s.zone]+1)
+	}
+	for _, s := range m.seeders {
+		if !s.asked.IsZero() || s.failed || m.members[s.name] != nil || m.banned(s.name) {
+			continue
+		}
+		if best == nil || cmp.Or(
+			cmp.Compare(rank(best), rank(s)),
+			cmp.Compare(weight(best.hash, m.hash), weight(s.hash, m.hash)),
+			cmp.Compare(s.name, best.name),
+		) < 0 {
+			best = s
+		}
+	}
+	return best
+}

@@ -1,0 +1,450 @@
+// Package tracker decides, for each blob, which node fetches it from the
+// registry, who leeches and who is whose peer.
+//
+// Machine holds the decisions for one blob and is pure: events and the time
+// go in, commands come out. Server puts one Machine per blob behind the gRPC
+// service of api/v1, Client and Registrar are the other end of it.
+//
+// The package moves no blob data (but for blobs of at most MaxInline bytes,
+// which travel in the stream), knows nothing of BitTorrent or of containerd,
+// and keeps nothing on disk: members repeat what they have when they join.
+package tracker
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	api "github.com/imagewolf/imagewolf/api/v1"
+)
+
+// MaxInline is the size in bytes up to which a blob travels inside the Join
+// stream, without segments.
+const MaxInline = 64 << 10
+
+// DefaultStallTimeout is how long a fetcher may go without a new byte before
+// another one is sent beside it.
+const DefaultStallTimeout = 2 * time.Second
+
+const (
+	// decideGrace is how long the choice of a blob's first fetcher is held
+	// open for more members to join, when the first one is busy with an
+	// earlier blob. Nodes that pull the same image are this far apart.
+	decideGrace = 30 * time.Millisecond
+	// resumeGrace is how long a tracker that has just taken over waits for
+	// the fetcher that its first resumed member tells it may exist.
+	resumeGrace = time.Second
+	// nudgeAfter is how long a leecher may go without progress before it is
+	// given more peers.
+	nudgeAfter = time.Second
+	// askAgain is how often a member's Ask is listened to.
+	askAgain = 250 * time.Millisecond
+	// sweepEvery is how often all leechers are looked at.
+	sweepEvery = 250 * time.Millisecond
+	// maxFetchers is how many members may be at the registry at once.
+	maxFetchers = 3
+	// maxLoad is containerd's own limit of concurrent downloads for one
+	// image (max_concurrent_downloads, default 3): a node that fetches as
+	// many blobs already would leave one more waiting for its turn.
+	maxLoad = 3
+	// peersPerSegment is how many random members a leecher is told for one
+	// segment; measured, see facts-bittorrent 4: more peers are slower.
+	peersPerSegment = 3
+	// maxGiven bounds the peers that one member is told for one segment.
+	maxGiven = 16
+	// nudgeSegments bounds the segments that one nudge adds peers for: a few
+	// suffice to get a leecher going again without the whole crowd being
+	// sent to the fetcher.
+	nudgeSegments = 4
+	// maxSeeders bounds the seeders that are asked to serve one blob.
+	maxSeeders = 16
+	// hopSources bounds the sources that have one leecher as the first hop
+	// of one segment.
+	hopSources = 3
+
+	maxMembers = 10_000  // members of one blob
+	maxBad     = 10_000  // (source, reporter) pairs kept for one blob
+	maxLosses  = 4       // times a member may lose bytes it had
+	maxText    = 512     // bytes of a name, an address or a zone
+	maxSize    = 1 << 40 // bytes of a blob
+	sha1Size   = 20
+)
+
+// ErrFull is returned by Machine.Join when a blob has as many members as one
+// tracker serves.
+var ErrFull = errors.New("blob has too many members")
+
+// Layout is how a blob is cut into segments. It is a function of the blob's
+// size alone.
+type Layout struct {
+	Segments    int                   // how many, > 0
+	SegmentSize int64                 // bytes of every segment but the last, > 0
+	Pieces      func(segment int) int // pieces of one segment, for 0 <= segment < Segments
+}
+
+// MachineOptions is what a Machine has to be told of the world.
+type MachineOptions struct {
+	// StallTimeout is how long a fetcher may stand still before another one
+	// is sent beside it; 0 means DefaultStallTimeout.
+	StallTimeout time.Duration
+	// Members is how many nodes the cluster has now; nil if unknown. Once
+	// all of them have joined there is no one left to wait for.
+	Members func() int
+	// Layout cuts a blob of the given size (bytes) into segments.
+	Layout func(size int64) Layout
+}
+
+// Command is what a Machine wants sent.
+type Command struct {
+	To    string              // the member's or the seeder's name
+	Msg   *api.TrackerMessage // to member To; nil when Serve
+	Serve bool                // ask the registered seeder To to join the blob
+}
+
+// Machine is one blob's tracker. It starts no goroutine, reads no clock and
+// does no I/O. It is not safe for concurrent use; times given to it must not
+// go backwards.
+type Machine struct {
+	digest  digest.Digest
+	size    int64
+	stall   time.Duration
+	count   func() int
+	layout  Layout
+	hash    uint64
+	members map[string]*member
+	list    []*member // all members, by name: makes every walk the same
+	seeders map[string]*seeder
+	segs    []segment
+	covered int    // segments with at least one holder
+	inline  []byte // the small blob itself, verified
+
+	fetchers []*member            // members of class fetcher
+	pool     []*member            // members that swarm with each other
+	zones    map[string][]*member // pool by zone
+	starving int                  // leechers that lack bytes
+
+	begun       bool      // a fetcher has been told before
+	vacant      time.Time // since when leechers starve without a fetcher
+	progressed  time.Time // when any member last had more bytes
+	graceUntil  time.Time
+	resumeUntil time.Time
+	loadedSince time.Time // since when every candidate is too busy
+	lastTell    time.Time
+	wake        time.Time // when decide wants to be called again
+	sweepAt     time.Time
+
+	bad        map[string][]string // source -> names of those that reported it
+	outcasts   bool                // there is or was an outcast
+	badPairs   int
+	mismatches int
+
+	out []Command
+}
+
+// NewMachine returns the machine of the blob d of the given size in bytes,
+// without members.
+func NewMachine(d digest.Digest, size int64, o MachineOptions) *Machine {
+	m := &Machine{
+		digest:  d,
+		size:    size,
+		stall:   cmp.Or(o.StallTimeout, DefaultStallTimeout),
+		count:   o.Members,
+		hash:    hashString(d.String()),
+		members: map[string]*member{},
+		seeders: map[string]*seeder{},
+		zones:   map[string][]*member{},
+		bad:     map[string][]string{},
+	}
+	if !m.small() {
+		m.layout = o.Layout(size)
+		m.segs = make([]segment, m.layout.Segments)
+	}
+	return m
+}
+
+// Size is the blob's size in bytes.
+func (m *Machine) Size() int64 { return m.size }
+
+// Members is how many members have joined.
+func (m *Machine) Members() int { return len(m.list) }
+
+// Mismatches counts announcements that were ignored because their piece
+// hashes contradict those announced before.
+func (m *Machine) Mismatches() int { return m.mismatches }
+
+// Next is when Tick is due; the zero time when nothing is.
+func (m *Machine) Next() time.Time {
+	return earlier(m.wake, m.sweepAt)
+}
+
+// Join adds a member. Among the commands is at least one to the member. One
+// of the same name that is there already leaves first. The error is about
+// this member alone: its Hello is malformed, or ErrFull.
+func (m *Machine) Join(now time.Time, hello *api.Hello) ([]Command, error) {
+	if err := checkHello(hello); err != nil {
+		return nil, err
+	}
+	name := hello.GetSelf().GetName()
+	if hello.GetSize() != m.size {
+		return nil, fmt.Errorf("size %d of %s differs from %d", hello.GetSize(), m.digest, m.size)
+	}
+	if old := m.members[name]; old != nil {
+		m.drop(now, old)
+	} else if len(m.list) >= maxMembers {
+		return nil, ErrFull
+	}
+	x := newMember(now, hello, len(m.segs))
+	m.members[name] = x
+	at, _ := m.find(name)
+	m.list = slices.Insert(m.list, at, x)
+	if m.banned(name) {
+		m.castOut(x)
+	}
+	m.apply(now, x, hello.GetStatus())
+	for _, a := range hello.GetAnnounced() {
+		m.announce(now, x, a)
+	}
+	if hello.GetResumed() && m.resumeUntil.IsZero() {
+		m.resumeUntil = now.Add(resumeGrace)
+	}
+	if s := m.seeders[name]; s != nil && x.whole {
+		s.asked = now
+	}
+	m.welcome(x)
+	m.decide(now)
+	out := m.take()
+	if !slices.ContainsFunc(out, func(c Command) bool { return c.To == name && !c.Serve }) {
+		out = append(out, waitFor(name))
+	}
+	return out, nil
+}
+
+// Leave removes a member; unknown names are ignored.
+func (m *Machine) Leave(now time.Time, name string) []Command {
+	x := m.members[name]
+	if x == nil {
+		return nil
+	}
+	m.drop(now, x)
+	if len(m.list) == 0 {
+		m.inline = nil // a seeder will bring it again
+	}
+	m.decide(now)
+	return m.take()
+}
+
+// Message handles what a member says after its Hello. Messages from unknown
+// members, and those that do not fit the blob, are ignored.
+func (m *Machine) Message(now time.Time, name string, msg *api.MemberMessage) []Command {
+	x := m.members[name]
+	if x == nil {
+		return nil
+	}
+	switch t := msg.GetMessage().(type) {
+	case *api.MemberMessage_Announce:
+		if m.announce(now, x, t.Announce) {
+			m.decide(now)
+		}
+	case *api.MemberMessage_Status:
+		if m.apply(now, x, t.Status) {
+			m.decide(now)
+		}
+	case *api.MemberMessage_Inline:
+		m.takeInline(now, x, t.Inline.GetData())
+		m.decide(now)
+	case *api.MemberMessage_Ask:
+		m.ask(now, x)
+		m.decide(now)
+	case *api.MemberMessage_Bad:
+		m.reportBad(now, x, t.Bad.GetSources())
+		m.decide(now)
+	}
+	return m.take()
+}
+
+// SeederAdded says that a node that is not necessarily a member holds the
+// whole blob and can be asked to serve it.
+func (m *Machine) SeederAdded(now time.Time, name, zone string) []Command {
+	if name == "" || len(name) > maxText || len(zone) > maxText || (m.seeders[name] == nil && len(m.seeders) >= maxMembers) {
+		return nil
+	}
+	m.seeders[name] = &seeder{name: name, zone: zone, hash: hashString(name)}
+	m.decide(now)
+	return m.take()
+}
+
+// SeederRemoved takes back SeederAdded.
+func (m *Machine) SeederRemoved(now time.Time, name string) []Command {
+	delete(m.seeders, name)
+	m.decide(now)
+	return m.take()
+}
+
+// Tick does what time alone brings about. It may be called at any time and
+// has to be at Next.
+func (m *Machine) Tick(now time.Time) []Command {
+	if !m.sweepAt.IsZero() && !now.Before(m.sweepAt) {
+		m.sweepAt = time.Time{}
+		m.sweep(now)
+	}
+	m.decide(now)
+	return m.take()
+}
+
+func (m *Machine) take() []Command {
+	out := m.out
+	m.out = nil
+	return out
+}
+
+func (m *Machine) send(to *member, msg *api.TrackerMessage) {
+	m.out = append(m.out, Command{To: to.name, Msg: msg})
+}
+
+func (m *Machine) small() bool { return m.size <= MaxInline }
+
+func (m *Machine) find(name string) (int, bool) {
+	return slices.BinarySearchFunc(m.list, name, func(x *member, n string) int { return cmp.Compare(x.name, n) })
+}
+
+// drop forgets a member and gives those that knew it somebody else.
+func (m *Machine) drop(now time.Time, x *member) {
+	delete(m.members, x.name)
+	if at, ok := m.find(x.name); ok {
+		m.list = slices.Delete(m.list, at, at+1)
+	}
+	if s := m.seeders[x.name]; s != nil {
+		// One that has served can be asked again, one that never did not.
+		s.failed = s.failed || (!s.asked.IsZero() && x.whole && x.held == 0 && m.inline == nil)
+		s.asked = time.Time{}
+	}
+	m.reclass(now, x, gone)
+	m.disown(x)
+}
+
+// takeInline keeps a small blob that is what its digest says and hands it to
+// all that lack it.
+func (m *Machine) takeInline(now time.Time, x *member, data []byte) {
+	x.heard = now
+	if !m.small() || m.inline != nil || int64(len(data)) != m.size {
+		return
+	}
+	if m.digest.Validate() != nil || m.digest.Algorithm().FromBytes(data) != m.digest {
+		m.mismatches++
+		return
+	}
+	m.inline = data
+	m.progressed = now
+	for _, y := range m.list {
+		if y != x && !y.whole {
+			m.send(y, inlineMessage(data))
+		}
+	}
+}
+
+// ask answers a member that has seen no new byte for a while.
+func (m *Machine) ask(now time.Time, x *member) {
+	if now.Sub(x.asked) < askAgain {
+		return
+	}
+	x.asked = now
+	before := len(m.out)
+	switch {
+	case x.whole:
+	case m.inline != nil:
+		m.send(x, inlineMessage(m.inline))
+	default:
+		m.nudge(now, x)
+	}
+	if len(m.out) == before {
+		m.out = append(m.out, waitFor(x.name))
+	}
+}
+
+// reportBad bans the sources for the reporter, and for everyone when a second
+// member says the same: one bad reporter must not be able to drive good nodes
+// out.
+func (m *Machine) reportBad(now time.Time, x *member, sources []string) {
+	for _, name := range sources {
+		if name == x.name || name == "" || len(name) > maxText {
+			continue
+		}
+		by := m.bad[name]
+		if slices.Contains(by, x.name) {
+			continue
+		}
+		if m.badPairs >= maxBad {
+			return
+		}
+		m.badPairs++
+		m.bad[name] = append(by, x.name)
+		y := m.members[name]
+		if y == nil {
+			continue
+		}
+		if m.banned(name) && !y.banned {
+			m.castOut(y)
+			m.sort(now, y)
+			m.disown(y)
+			continue
+		}
+		m.part(x, y)
+	}
+}
+
+// banned says whether a node is banned for everyone.
+func (m *Machine) banned(name string) bool { return len(m.bad[name]) >= 2 }
+
+// castOut bans a member for everyone; the caller sorts it.
+func (m *Machine) castOut(x *member) { x.banned, m.outcasts = true, true }
+
+// shuns says whether a has reported b as bad.
+func (m *Machine) shuns(a, b *member) bool {
+	return len(m.bad) > 0 && slices.Contains(m.bad[b.name], a.name)
+}
+
+func checkHello(h *api.Hello) error {
+	self := h.GetSelf()
+	switch {
+	case self.GetName() == "" || len(self.GetName()) > maxText:
+		return errors.New("hello without a usable name")
+	case self.GetAddress() == "" || len(self.GetAddress()) > maxText:
+		return fmt.Errorf("hello of %q without a usable address", self.GetName())
+	case len(h.GetZone()) > maxText:
+		return fmt.Errorf("zone of %q is too long", self.GetName())
+	case h.GetSize() <= 0 || h.GetSize() > maxSize:
+		return fmt.Errorf("hello of %q with size %d", self.GetName(), h.GetSize())
+	}
+	return nil
+}
+
+func waitFor(name string) Command {
+	return Command{To: name, Msg: &api.TrackerMessage{Message: &api.TrackerMessage_Wait{Wait: &api.Wait{}}}}
+}
+
+func fetchMessage() *api.TrackerMessage {
+	return &api.TrackerMessage{Message: &api.TrackerMessage_Fetch{Fetch: &api.Fetch{}}}
+}
+
+func inlineMessage(data []byte) *api.TrackerMessage {
+	return &api.TrackerMessage{Message: &api.TrackerMessage_Inline{Inline: &api.Inline{Data: data}}}
+}
+
+// earlier is the earlier of two times, of which zero means never.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || (!b.IsZero() && b.Before(a)) {
+		return b
+	}
+	return a
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}

@@ -1,0 +1,604 @@
+package tracker
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	api "github.com/imagewolf/imagewolf/api/v1"
+)
+
+const (
+	mib       = 1 << 20
+	testSize  = 4 * mib // four segments of the test layout
+	testStall = 2 * time.Second
+)
+
+var (
+	testDigest = digest.FromString("a layer")
+	epoch      = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	smallBlob  = []byte(`{"schemaVersion":2}`)
+)
+
+// testLayout has segments of 1 MiB of one piece each.
+func testLayout(size int64) Layout {
+	return Layout{
+		Segments:    int((size + mib - 1) / mib),
+		SegmentSize: mib,
+		Pieces:      func(int) int { return 1 },
+	}
+}
+
+// script drives a Machine with lines of
+//
+//	<time> <event> [member] [args...] [> command, command...]
+//
+// Commands are compared as a sorted set; a line without > wants none. Events:
+// join, status (key=value and flags), leave, announce <segment> [hashes],
+// inline [text], ask, bad <names>, seeder, unseeder, tick. Before a line's
+// event the machine is ticked as it asks for; what that yields counts for a
+// tick line and is an error before any other.
+type script struct {
+	t    *testing.T
+	m    *Machine
+	stat map[string]*api.Status
+}
+
+func runScript(t *testing.T, d digest.Digest, size int64, members int, lines string) *Machine {
+	t.Helper()
+	o := MachineOptions{StallTimeout: testStall, Layout: testLayout}
+	if members > 0 {
+		o.Members = func() int { return members }
+	}
+	s := &script{t: t, m: NewMachine(d, size, o), stat: map[string]*api.Status{}}
+	for line := range strings.Lines(lines) {
+		line = strings.TrimSpace(line)
+		if line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		event, want, _ := strings.Cut(line, ">")
+		f := strings.Fields(event)
+		after, err := time.ParseDuration(f[0])
+		if err != nil {
+			t.Fatalf("%s: %v", line, err)
+		}
+		got := s.tickTo(epoch.Add(after))
+		if f[1] != "tick" && len(got) > 0 {
+			t.Fatalf("%s: ticks before it gave %v", line, got)
+		}
+		got = append(got, show(s.event(epoch.Add(after), f[1:]))...)
+		slices.Sort(got)
+		var wants []string
+		for w := range strings.SplitSeq(want, ",") {
+			if w = strings.TrimSpace(w); w != "" {
+				wants = append(wants, w)
+			}
+		}
+		slices.Sort(wants)
+		if !slices.Equal(got, wants) {
+			t.Fatalf("%s\n got %v\nwant %v", line, got, wants)
+		}
+	}
+	return s.m
+}
+
+func (s *script) tickTo(to time.Time) []string {
+	var got []string
+	for range 10_000 {
+		next := s.m.Next()
+		if next.IsZero() || next.After(to) {
+			return got
+		}
+		for _, c := range show(s.m.Tick(next)) {
+			got = append(got, c)
+		}
+	}
+	s.t.Fatal("Next does not move on")
+	return nil
+}
+
+func (s *script) event(now time.Time, f []string) []Command {
+	name := ""
+	if len(f) > 1 {
+		name = f[1]
+	}
+	msg := &api.MemberMessage{}
+	switch f[0] {
+	case "tick":
+		return s.m.Tick(now)
+	case "leave":
+		return s.m.Leave(now, name)
+	case "seeder":
+		zone := ""
+		if len(f) > 2 {
+			zone = f[2]
+		}
+		return s.m.SeederAdded(now, name, zone)
+	case "unseeder":
+		return s.m.SeederRemoved(now, name)
+	case "join":
+		h := &api.Hello{Digest: s.m.digest.String(), Size: s.m.size, Self: &api.Peer{Name: name, Address: name + ":1"}}
+		s.stat[name] = &api.Status{}
+		s.status(s.stat[name], f[2:], h)
+		h.Status = s.stat[name]
+		out, err := s.m.Join(now, h)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		return out
+	case "status":
+		s.status(s.stat[name], f[2:], nil)
+		msg.Message = &api.MemberMessage_Status{Status: s.stat[name]}
+	case "announce":
+		hashes := byte(1)
+		if len(f) > 3 {
+			hashes = f[3][0]
+		}
+		i, _ := strconv.Atoi(f[2])
+		msg.Message = &api.MemberMessage_Announce{Announce: segmentOf(i, hashes)}
+	case "inline":
+		data := smallBlob
+		if len(f) > 2 {
+			data = []byte(f[2])
+		}
+		msg.Message = &api.MemberMessage_Inline{Inline: &api.Inline{Data: data}}
+	case "ask":
+		msg.Message = &api.MemberMessage_Ask{Ask: &api.Ask{}}
+	case "bad":
+		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{Sources: f[2:]}}
+	default:
+		s.t.Fatalf("unknown event %q", f[0])
+	}
+	return s.m.Message(now, name, msg)
+}
+
+// status applies words to a status: can, fetching, whole (each negated by a
+// leading -), prefix= and present= in MiB, load=, rank=; and to a hello:
+// zone=, resumed, has=0+1+2.
+func (s *script) status(st *api.Status, words []string, h *api.Hello) {
+	for _, w := range words {
+		k, v, _ := strings.Cut(w, "=")
+		n, _ := strconv.ParseFloat(v, 64)
+		on := !strings.HasPrefix(k, "-")
+		switch strings.TrimPrefix(k, "-") {
+		case "can":
+			st.CanFetch = on
+		case "fetching":
+			st.Fetching = on
+		case "whole":
+			st.Whole = on
+		case "prefix":
+			st.Prefix = int64(n * mib)
+			st.Present = max(st.Present, st.Prefix)
+		case "present":
+			st.Present = int64(n * mib)
+		case "load":
+			st.Load = uint32(n)
+		case "rank":
+			st.Rank = uint32(n)
+		case "zone":
+			h.Zone = v
+		case "resumed":
+			h.Resumed = true
+		case "has":
+			for i := range strings.SplitSeq(v, "+") {
+				i, _ := strconv.Atoi(i)
+				h.Announced = append(h.Announced, segmentOf(i, 1))
+			}
+		default:
+			s.t.Fatalf("unknown word %q", w)
+		}
+	}
+}
+
+func segmentOf(i int, hashes byte) *api.Announce {
+	return &api.Announce{Segment: uint32(i), Pieces: bytes.Repeat([]byte{hashes}, sha1Size)}
+}
+
+// show writes commands as "a wait", "a fetch", "a inline", "a serve" and
+// "a seg0*(b+c)", the star if piece hashes are in it.
+func show(out []Command) []string {
+	var lines []string
+	for _, c := range out {
+		what := ""
+		switch t := c.Msg.GetMessage().(type) {
+		case *api.TrackerMessage_Wait:
+			what = "wait"
+		case *api.TrackerMessage_Fetch:
+			what = "fetch"
+		case *api.TrackerMessage_Inline:
+			what = "inline"
+		case *api.TrackerMessage_Segment:
+			var names []string
+			for _, p := range t.Segment.GetPeers() {
+				names = append(names, p.GetName())
+			}
+			slices.Sort(names)
+			star := ""
+			if t.Segment.GetPieces() != nil {
+				star = "*"
+			}
+			what = fmt.Sprintf("seg%d%s(%s)", t.Segment.GetSegment(), star, strings.Join(names, "+"))
+		}
+		if c.Serve {
+			what += "serve"
+		}
+		lines = append(lines, c.To+" "+what)
+	}
+	return lines
+}
+
+var machineTests = []struct {
+	name    string
+	small   bool
+	members int // of the cluster, 0 unknown
+	lines   string
+}{
+	{name: "the first idle member fetches at once, the others wait", lines: `
+			0s    join a can            > a fetch
+			1ms   join b can            > b wait
+			2ms   join c can rank=1     > c wait`},
+	{name: "a busy first member waits for others, the least loaded is sent", lines: `
+			0s    join a can rank=1 load=1 > a wait
+			10ms  join b can rank=1        > b wait
+			29ms  tick
+			30ms  tick                     > b fetch`},
+	{name: "an idle member that comes in the grace is sent at once", lines: `
+			0s    join a can rank=2     > a wait
+			10ms  join b can            > b fetch`},
+	{name: "no grace when the cluster is this one node", members: 1, lines: `
+			0s    join a can rank=2     > a fetch`},
+	{name: "no grace when all nodes are here", members: 2, lines: `
+			0s    join a can rank=2 load=1 > a wait
+			5ms   join b can rank=2        > b fetch`},
+	{name: "members that cannot fetch are not sent", lines: `
+			0s    join a                > a wait
+			1s    status a can          > a fetch`},
+	{name: "members with three fetches are passed over for the stall time", lines: `
+			0s    join a can load=4     > a wait
+			1s    join b can load=3     > b wait
+			1.9s  tick
+			2s    tick                  > b fetch`},
+	{name: "an idle member is preferred over the wait for loaded ones", lines: `
+			0s    join a can load=3     > a wait
+			1s    join b can            > b fetch`},
+	{name: "a resumed member holds the decision until the fetcher comes", lines: `
+			0s    join a can resumed has=0+1 prefix=2      > a wait
+			500ms join b fetching prefix=3 has=0+1+2 resumed > b wait, a seg2*(b)
+			1s    status b prefix=4 whole -fetching`},
+	{name: "a resumed member holds the decision for a second only", lines: `
+			0s    join a can resumed    > a wait
+			990ms tick
+			1s    tick                  > a fetch`},
+	{name: "one leecher gets the source of all segments", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    status a fetching -can
+			1ms   announce a 0          > b seg0*(a)
+			2ms   announce a 1          > b seg1*(a)
+			2ms   announce b 0`},
+	{name: "a late joiner is sent to holders, not to the fetcher", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    status a fetching -can
+			1ms   announce a 0          > b seg0*(a)
+			2ms   announce b 0
+			3ms   announce a 1          > b seg1*(a)
+			4ms   join c can            > c seg0*(b), c seg1*(b)`},
+	{name: "a late joiner gets the fetcher where nobody else has it", lines: `
+			0s    join a can            > a fetch
+			0s    status a fetching -can
+			1ms   announce a 0
+			4ms   join c can            > c seg0*(a)
+			5ms   join d can            > d seg0*(c)`},
+	{name: "a leecher without progress gets more peers", lines: `
+			0s    join a can            > a fetch
+			0s    status a fetching -can
+			1ms   announce a 0
+			4ms   join c can            > c seg0*(a)
+			4ms   join d can            > d seg0*(c)
+			5ms   announce c 0
+			500ms status c present=1
+			990ms status a present=2 prefix=2
+			1010ms tick                 > d seg0(a)
+			1400ms status d present=0.5
+			2200ms tick`},
+	{name: "asking is answered at once, but not all the time", lines: `
+			0s    join a can            > a fetch
+			0s    status a fetching -can
+			1ms   announce a 0
+			4ms   join c can            > c seg0*(a)
+			4ms   join d can            > d seg0*(c)
+			5ms   ask d                 > d seg0(a)
+			6ms   ask d
+			300ms ask d                 > d wait`},
+	{name: "the first hop's death passes its job on", lines: `
+			0s    join a can            > a fetch
+			0s    status a fetching -can
+			1ms   announce a 0
+			4ms   join c can            > c seg0*(a)
+			4ms   join d can            > d seg0*(c)
+			5ms   leave c               > d seg0(a)`},
+	{name: "the fetcher's death: the longest prefix goes on", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    status a fetching -can
+			1ms   announce a 0          > b seg0*(a)
+			5ms   announce b 0
+			6ms   status b prefix=1.5
+			6ms   join c can            > c seg0*(b)
+			7ms   leave a               > b fetch`},
+	{name: "nobody goes on before the best has what the others hold", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    join c                > c wait
+			0s    status a fetching -can
+			1ms   announce a 0          > b seg0*(a+c), c seg0*(b)
+			5ms   announce b 0
+			5ms   announce c 0
+			6ms   status b prefix=1
+			6ms   status c prefix=1
+			7ms   announce a 1          > b seg1*(a+c), c seg1*(b)
+			8ms   announce c 1
+			8ms   leave a
+			100ms status b prefix=1.5
+			200ms status b prefix=2     > b fetch`},
+	{name: "but when nobody gets on, somebody goes", lines: `
+			0s    join a can resumed    > a wait
+			0s    join c has=0+1 prefix=2 > c wait, a seg0*(c), a seg1*(c)
+			1990ms tick
+			2010ms tick                 > a fetch`},
+	{name: "a fetcher that stops is followed, also by itself", lines: `
+			0s    join a can            > a fetch
+			0s    status a fetching -can
+			1s    status a -fetching
+			2s    status a can          > a fetch`},
+	{name: "a fetcher whose client is gone before it began is released", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			1s    status a -can         > b fetch`},
+	{name: "hedging: one more per stall, three at most", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    join c can            > c wait
+			0s    join d can            > d wait
+			0s    join e can            > e wait
+			0s    status a fetching -can
+			0s    status c prefix=0.5
+			1s    status a prefix=1
+			2990ms tick
+			3s    tick                  > c fetch
+			3s    status c fetching -can
+			4990ms tick
+			5s    tick                  > d fetch
+			5s    status d fetching -can
+			20s   tick`},
+	{name: "no hedge while one of the fetchers gets on", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    join c can            > c wait
+			0s    status a fetching -can
+			2s    tick                  > b fetch
+			2s    status b fetching -can
+			3s    status b prefix=1
+			3900ms status b prefix=2
+			5s    status b prefix=2.5
+			6.9s  tick`},
+	{name: "no hedge when nobody waits, or the bytes are being checked", lines: `
+			0s    join a can            > a fetch
+			0s    status a fetching -can
+			10s   join b can            > b fetch
+			10s   status b fetching -can
+			11s   join c can            > c wait
+			11s   status a prefix=4
+			30s   tick`},
+	{name: "told and silent: hedged, then out of the role, then last choice", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			2s    tick                  > b fetch
+			2s    status b fetching -can
+			3900ms status b prefix=2
+			5s    leave b               > a fetch`},
+	{name: "a small blob travels inline", small: true, lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			1ms   status a fetching -can
+			2ms   inline b nonsense
+			3ms   inline a              > b inline
+			4ms   status a -fetching whole
+			5ms   join c can            > c inline
+			6ms   ask c                 > c inline
+			6ms   announce a 0`},
+	{name: "a seeder is asked for a small blob", small: true, lines: `
+			0s    seeder s
+			0s    join a can            > a wait, s serve
+			1ms   join s whole          > s wait
+			2ms   inline s              > a inline`},
+	{name: "seeders are asked and their segments given", lines: `
+			0s    seeder s
+			0s    join a can            > a wait, s serve
+			9ms   join s whole          > s wait
+			10ms  announce s 0          > a seg0*(s)
+			11ms  announce s 1          > a seg1*(s)`},
+	{name: "more leechers, more seeders; the leecher's zone first", lines: `
+			0s    seeder s1 x
+			0s    seeder s2 y
+			0s    seeder s3 y
+			0s    join a can zone=y     > a wait, s3 serve
+			0s    join b can zone=y     > b wait
+			0s    join c can zone=x     > c wait, s1 serve
+			0s    join d can zone=y     > d wait
+			0s    join e can zone=y     > e wait, s2 serve
+			0s    join f can zone=y     > f wait`},
+	{name: "a seeder that does not come is followed by the next, then a fetcher", lines: `
+			0s    seeder s1
+			0s    seeder s2
+			0s    join a can            > a wait, s1 serve
+			1990ms tick
+			2s    tick                  > s2 serve
+			4s    tick                  > a fetch`},
+	{name: "a seeder that comes and announces nothing is no source", lines: `
+			0s    seeder s1
+			0s    join a can            > a wait, s1 serve
+			1s    join s1 whole         > s1 wait
+			2990ms tick
+			3s    tick                  > a fetch`},
+	{name: "a seeder that takes itself back is not waited for", lines: `
+			0s    seeder s1
+			0s    join a can            > a wait, s1 serve
+			1s    unseeder s1           > a fetch`},
+	{name: "several sources: a first hop each, another leecher", lines: `
+			0s    join s1 whole         > s1 wait
+			0s    join s2 whole         > s2 wait
+			0s    join a can            > a wait
+			0s    join b can            > b wait
+			0s    announce s1 0         > a seg0*(b), b seg0*(a+s1)
+			1ms   announce s2 0         > a seg0(s2)`},
+	{name: "whole members that stop delivering are given up after two stalls", lines: `
+			0s    join s whole has=0+1+2+3 > s wait
+			0s    join a can            > a seg0*(s), a seg1*(s), a seg2*(s), a seg3*(s)
+			3990ms tick
+			4s    tick                  > a fetch`},
+	{name: "first hashes win while their announcer lives", lines: `
+			0s    join a can            > a fetch
+			0s    status a fetching -can
+			0s    join b can            > b wait
+			0s    join c                > c wait
+			1ms   announce c 0 x        > a seg0*(b+c), b seg0*(c)
+			2ms   announce a 0 y
+			3ms   leave c
+			4ms   announce a 0 y        > b seg0*(a)`},
+	{name: "segments and hashes that do not fit are ignored", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			1ms   announce a 4
+			1ms   announce a 4000000000
+			1ms   status a prefix=-1 present=1000000`},
+	{name: "one reporter bans for itself, two for all", lines: `
+			0s    join s whole has=0    > s wait
+			0s    join a                > a seg0*(s)
+			0s    join b                > b seg0*(a)
+			500ms bad a s               > a seg0(b), b seg0(s)
+			501ms ask a                 > a wait
+			502ms bad a s
+			503ms bad b s
+			504ms join c               > c wait
+			505ms status s -whole can  > s fetch`},
+	{name: "a member that throws its bytes away is no holder any more", lines: `
+			0s    join s whole has=0    > s wait
+			0s    join a                > a seg0*(s)
+			0s    status a present=4 prefix=4
+			1s    announce a 0
+			1s    join b                > b seg0*(a+s)
+			2s    status a present=0 prefix=0 > a seg0*(b)`},
+	{name: "a member of the same name replaces the old one", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			1s    join a                > a wait, b fetch`},
+}
+
+func TestMachine(t *testing.T) {
+	for _, c := range machineTests {
+		t.Run(c.name, func(t *testing.T) {
+			d, size := testDigest, int64(testSize)
+			if c.small {
+				d, size = digest.FromBytes(smallBlob), int64(len(smallBlob))
+			}
+			runScript(t, d, size, c.members, c.lines)
+		})
+	}
+}
+
+// Each segment leaves the fetcher once, everyone hears of it with few peers,
+// and every leecher is connected, over whatever many others, to the first hop.
+func TestSpread(t *testing.T) {
+	for _, zones := range []int{1, 2, 3, 24} {
+		m := NewMachine(testDigest, 64*mib, MachineOptions{Layout: testLayout})
+		const leechers = 24
+		join := func(name, zone string, st *api.Status) {
+			if _, err := m.Join(epoch, &api.Hello{Size: 64 * mib, Self: &api.Peer{Name: name, Address: name}, Zone: zone, Status: st}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		join("f", "z0", &api.Status{Fetching: true})
+		for i := range leechers {
+			join(fmt.Sprintf("n%02d", i), fmt.Sprintf("z%d", i%zones), &api.Status{CanFetch: true})
+		}
+		hops := map[string]int{}
+		for i := range 64 {
+			out := m.Message(epoch, "f", &api.MemberMessage{Message: &api.MemberMessage_Announce{Announce: segmentOf(i, 1)}})
+			if len(out) != leechers {
+				t.Fatalf("%d zones: %d messages", zones, len(out))
+			}
+			links := map[string][]string{}
+			first := ""
+			for _, c := range out {
+				seg := c.Msg.GetSegment()
+				if len(seg.GetPieces()) == 0 || len(seg.GetPeers()) > peersPerSegment+1 {
+					t.Errorf("%d zones: %v", zones, c)
+				}
+				for _, p := range seg.GetPeers() {
+					if p.GetName() == "f" {
+						if first != "" {
+							t.Errorf("%d zones: segment %d has first hops %s and %s", zones, i, first, c.To)
+						}
+						first = c.To
+						continue
+					}
+					links[c.To] = append(links[c.To], p.GetName())
+					links[p.GetName()] = append(links[p.GetName()], c.To)
+				}
+			}
+			hops[first]++
+			seen := map[string]bool{first: true}
+			for todo := []string{first}; len(todo) > 0; todo = todo[1:] {
+				for _, o := range links[todo[0]] {
+					if !seen[o] {
+						seen[o] = true
+						todo = append(todo, o)
+					}
+				}
+			}
+			if len(seen) != leechers {
+				t.Errorf("%d zones: segment %d reaches %d of %d", zones, i, len(seen), leechers)
+			}
+		}
+		for name, n := range hops {
+			if n > 64/4 {
+				t.Errorf("%d zones: %s is first hop of %d segments", zones, name, n)
+			}
+		}
+	}
+}
+
+// BenchmarkCrowd is a blob of 64 segments that a thousand members pull.
+func BenchmarkCrowd(b *testing.B) {
+	for b.Loop() {
+		m := NewMachine(testDigest, 64*mib, MachineOptions{Layout: testLayout})
+		const crowd = 1000
+		for i := range crowd {
+			name := fmt.Sprint(i)
+			if _, err := m.Join(epoch, &api.Hello{Size: 64 * mib, Self: &api.Peer{Name: name, Address: name}, Status: &api.Status{CanFetch: true, Rank: 1}}); err != nil {
+				b.Fatal(err)
+			}
+		}
+		m.Tick(epoch.Add(decideGrace))
+		for i := range 64 {
+			now := epoch.Add(time.Duration(i) * 40 * time.Millisecond)
+			m.Message(now, m.fetchers[0].name, &api.MemberMessage{Message: &api.MemberMessage_Announce{Announce: segmentOf(i, 1)}})
+			for k := range crowd {
+				m.Message(now, fmt.Sprint(k), &api.MemberMessage{Message: &api.MemberMessage_Announce{Announce: segmentOf(i, 1)}})
+				m.Message(now, fmt.Sprint(k), &api.MemberMessage{Message: &api.MemberMessage_Status{Status: &api.Status{Present: int64(i+1) * mib, CanFetch: k != 0, Fetching: m.members[fmt.Sprint(k)] == m.fetchers[0]}}})
+			}
+		}
+		for k := range crowd / 2 {
+			m.Leave(epoch.Add(time.Minute), fmt.Sprint(k))
+		}
+	}
+}

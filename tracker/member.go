@@ -1,0 +1,220 @@
+package tracker
+
+import (
+	"slices"
+	"time"
+
+	api "github.com/imagewolf/imagewolf/api/v1"
+)
+
+// class is the part a member plays now.
+type class int
+
+const (
+	gone    class = iota // not, or no longer, a member
+	leecher              // lacks bytes and is to get them from the others
+	fetcher              // told to fetch, or fetching
+	source               // has the whole blob
+	outcast              // called bad by two others: on its own
+)
+
+// member is one node that has joined the blob.
+type member struct {
+	name string
+	zone string
+	peer *api.Peer // shared by messages, never changed
+	hash uint64
+
+	// As last reported, clamped to the blob's size.
+	prefix, present int64
+	canFetch        bool
+	fetching        bool
+	whole           bool
+	load, rank      uint32
+
+	class   class
+	banned  bool // for everyone
+	relay   bool // got the blob here, from the others
+	pooled  bool
+	counted bool // among the starving
+
+	has   []bool      // per segment: announced
+	held  int         // number of segments announced
+	knows []bool      // per segment: has been sent the piece hashes
+	given [][]*member // per segment that it lacks: the peers it was told
+
+	told   time.Time // when it was told to fetch; zero once it is known to, or not to
+	losses int       // times it had fewer bytes than before
+	tells  int       // times it was told in vain
+	moved  time.Time // when it last had more bytes, or became fetcher
+	heard  time.Time // when it joined or last brought something for the others
+	nudged time.Time
+	asked  time.Time
+}
+
+// seeder is a node that has registered the whole blob.
+type seeder struct {
+	name, zone string
+	hash       uint64
+	asked      time.Time // when it was asked to serve; zero if not
+	failed     bool      // was asked and did not come
+}
+
+func newMember(now time.Time, h *api.Hello, segments int) *member {
+	self := h.GetSelf()
+	return &member{
+		name:  self.GetName(),
+		zone:  h.GetZone(),
+		peer:  &api.Peer{Name: self.GetName(), Address: self.GetAddress()},
+		hash:  hashString(self.GetName()),
+		has:   make([]bool, segments),
+		knows: make([]bool, segments),
+		given: make([][]*member, segments),
+		moved: now, heard: now, nudged: now,
+	}
+}
+
+// apply takes over a member's status and says whether anything has changed
+// that decide has to know of.
+func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
+	prefix := min(max(s.GetPrefix(), 0), m.size)
+	present := min(max(s.GetPresent(), prefix), m.size)
+	if present != x.present {
+		x.moved = now
+		if present > x.present {
+			m.progressed = now
+		}
+	}
+	changed := x.class == gone || x.canFetch != s.GetCanFetch() || x.fetching != s.GetFetching() ||
+		x.whole != s.GetWhole() || x.load != s.GetLoad() || (x.present < m.size) != (present < m.size) ||
+		(!m.vacant.IsZero() && prefix > x.prefix && prefix >= m.reach())
+	if s.GetWhole() && !x.whole {
+		x.relay = x.class == leecher
+		x.heard = now
+	}
+	switch {
+	case s.GetWhole() || (x.fetching && !s.GetFetching()):
+		x.told = time.Time{}
+	case s.GetFetching():
+		if !x.fetching && x.told.IsZero() {
+			x.moved = now // it went on its own
+		}
+		x.told, x.tells = time.Time{}, 0
+	case !s.GetCanFetch():
+		x.told = time.Time{} // the client that was to be sent is gone
+	}
+	lost := present < x.present && !s.GetWhole()
+	x.prefix, x.present = prefix, present
+	x.canFetch, x.fetching, x.whole = s.GetCanFetch(), s.GetFetching(), s.GetWhole()
+	x.load, x.rank = s.GetLoad(), s.GetRank()
+	m.sort(now, x)
+	if lost {
+		m.lose(now, x)
+		return true
+	}
+	return changed
+}
+
+// lose forgets what a member has announced, when it has thrown its bytes
+// away, and tells it anew what there is.
+func (m *Machine) lose(now time.Time, x *member) {
+	if x.losses++; x.losses > maxLosses {
+		m.castOut(x) // no honest disk does that; and every loss is felt by all
+		m.sort(now, x)
+		m.disown(x)
+		return
+	}
+	clear(x.knows)
+	clear(x.given)
+	m.unhold(x)
+	m.welcome(x)
+}
+
+// sort puts a member into the class that its state asks for.
+func (m *Machine) sort(now time.Time, x *member) {
+	switch {
+	case x.banned:
+		m.reclass(now, x, outcast)
+	case x.whole:
+		m.reclass(now, x, source)
+	case x.fetching || !x.told.IsZero():
+		m.reclass(now, x, fetcher)
+	default:
+		m.reclass(now, x, leecher)
+	}
+}
+
+func (m *Machine) reclass(now time.Time, x *member, to class) {
+	if x.class == fetcher && to != fetcher {
+		m.fetchers = remove(m.fetchers, x)
+	}
+	if x.class != fetcher && to == fetcher {
+		m.fetchers = append(m.fetchers, x)
+		m.promote(x)
+	}
+	x.class = to
+	pooled := to == leecher || (to == source && x.relay)
+	if x.pooled && !pooled {
+		m.pool = remove(m.pool, x)
+		if m.zones[x.zone] = remove(m.zones[x.zone], x); len(m.zones[x.zone]) == 0 {
+			delete(m.zones, x.zone)
+		}
+	}
+	if !x.pooled && pooled {
+		m.pool = append(m.pool, x)
+		m.zones[x.zone] = append(m.zones[x.zone], x)
+	}
+	x.pooled = pooled
+	m.settle(now, x)
+}
+
+// settle keeps the number of starving leechers, and the sweep that looks
+// after them.
+func (m *Machine) settle(now time.Time, x *member) {
+	starves := x.starves(m.size)
+	if starves != x.counted {
+		x.counted = starves
+		if starves {
+			m.starving++
+		} else {
+			m.starving--
+		}
+	}
+	switch {
+	case m.starving == 0:
+		m.sweepAt = time.Time{}
+	case m.sweepAt.IsZero():
+		m.sweepAt = now.Add(sweepEvery)
+	}
+}
+
+// starves says whether a member waits for bytes. One that has them all and is
+// only checking and syncing them does not.
+func (x *member) starves(size int64) bool {
+	return x.class == leecher && x.present < size
+}
+
+// reached is the end of the bytes that the member has from 0 on. What it has
+// announced may be ahead of its last status.
+func (m *Machine) reached(x *member) int64 {
+	end := x.prefix
+	if m.small() {
+		return end
+	}
+	for i := int(end / m.layout.SegmentSize); i < len(x.has) && x.has[i]; i++ {
+		end = m.segmentEnd(i)
+	}
+	return end
+}
+
+func (m *Machine) segmentEnd(i int) int64 {
+	return min(int64(i+1)*m.layout.SegmentSize, m.size)
+}
+
+// remove deletes x, which is there once at most, keeping the order.
+func remove(list []*member, x *member) []*member {
+	if i := slices.Index(list, x); i >= 0 {
+		return slices.Delete(list, i, i+1)
+	}
+	return list
+}

@@ -1,0 +1,370 @@
+package tracker
+
+import (
+	"cmp"
+	"container/heap"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	api "github.com/imagewolf/imagewolf/api/v1"
+)
+
+const (
+	// helloTimeout is how long a stream may stay without its first message.
+	helloTimeout = 10 * time.Second
+	// queueSlack is how many messages beyond one per segment may wait for a
+	// slow member before its stream is closed.
+	queueSlack = 1024
+	// maxHeld bounds the blobs that one node may register at one tracker.
+	maxHeld = 1 << 20
+	// maxBlobs bounds the blobs that have members or seeders here.
+	maxBlobs = 1 << 22
+)
+
+// ServerOptions is what a Server needs.
+type ServerOptions struct {
+	// StallTimeout: see MachineOptions.
+	StallTimeout time.Duration
+	// Members is how many nodes the cluster has now; nil if unknown.
+	Members func() int
+	// Layout cuts a blob of the given size (bytes) into segments. Required.
+	Layout func(size int64) Layout
+	// PeerName is the name that the caller of an RPC has proven; a stream
+	// that gives another is refused. Nil, or false: not known, any name goes.
+	PeerName func(ctx context.Context) (string, bool)
+	// Log is required.
+	Log *slog.Logger
+}
+
+// Server is the gRPC service imagewolf.v1.Tracker: one Machine per blob, and
+// who holds which whole blobs. It is safe for concurrent use.
+type Server struct {
+	o ServerOptions
+
+	// streams counts goroutines that outlive their handler for a moment; Run
+	// waits for them.
+	streams sync.WaitGroup
+	closed  chan struct{}                   // closed when Run ends
+	ends    atomic.Pointer[<-chan struct{}] // Run's ctx.Done()
+	timers  timers
+
+	// Lock order: a blob's mu, then mu.
+	mu    sync.Mutex
+	done  bool                    // closed is closed; guarded by mu
+	blobs map[digest.Digest]*blob // guarded by mu
+}
+
+// NewServer returns a server that answers as soon as it is registered with a
+// gRPC server; what depends on time needs Run.
+func NewServer(o ServerOptions) *Server {
+	o.StallTimeout = cmp.Or(o.StallTimeout, DefaultStallTimeout)
+	return &Server{
+		o:      o,
+		closed: make(chan struct{}),
+		timers: timers{changed: make(chan struct{}, 1)},
+		blobs:  map[digest.Digest]*blob{},
+	}
+}
+
+// Register adds the service to a gRPC server.
+func (s *Server) Register(r grpc.ServiceRegistrar) { api.RegisterTrackerServer(r, service{s: s}) }
+
+// Run owns the timers. When ctx ends it ends all streams with Unavailable,
+// waits for them and returns nil; after that the server refuses everything.
+// Connections are not to be closed before ctx has ended: the members that are
+// cut off first would be replaced by those that are still there. It may be
+// called once.
+func (s *Server) Run(ctx context.Context) error {
+	ends := ctx.Done()
+	s.ends.Store(&ends)
+	for {
+		wait, due := s.timers.pop(time.Now())
+		for _, b := range due {
+			b.handle(nil, func(m *Machine, now time.Time) []Command { return m.Tick(now) })
+		}
+		if len(due) > 0 {
+			continue
+		}
+		var timer <-chan time.Time
+		if wait > 0 {
+			timer = time.After(wait)
+		}
+		select {
+		case <-ctx.Done():
+			s.mu.Lock()
+			s.done = true
+			close(s.closed)
+			s.mu.Unlock()
+			s.streams.Wait()
+			return nil
+		case <-s.timers.changed:
+		case <-timer:
+		}
+	}
+}
+
+// ending says whether Run's context has ended, from that very moment on.
+func (s *Server) ending() bool {
+	ends := s.ends.Load()
+	if ends == nil {
+		return false // Run has not begun
+	}
+	select {
+	case <-*ends:
+		return true
+	default:
+		return false
+	}
+}
+
+// enter counts a goroutine of a stream; false once the server is closed.
+func (s *Server) enter(n int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.done {
+		return false
+	}
+	s.streams.Add(n)
+	return true
+}
+
+// checkName refuses a caller that is not who it says.
+func (s *Server) checkName(ctx context.Context, self *api.Peer) error {
+	if s.o.PeerName == nil {
+		return nil
+	}
+	if proven, ok := s.o.PeerName(ctx); ok && proven != self.GetName() {
+		return status.Errorf(codes.PermissionDenied, "caller is %q, not %q", proven, self.GetName())
+	}
+	return nil
+}
+
+// blob is one blob's members and seeders at this tracker.
+type blob struct {
+	s      *Server
+	digest digest.Digest
+
+	mu       sync.Mutex
+	dead     bool                    // no longer in the server's map; guarded by mu
+	machine  *Machine                // nil while there are no members; guarded by mu
+	members  map[string]*joinStream  // guarded by mu
+	seeders  map[string]registration // guarded by mu
+	schedule time.Time               // the timer that is set; guarded by mu
+}
+
+// registration is one node's word that it holds the blob.
+type registration struct {
+	stream *registerStream
+	size   int64 // bytes
+}
+
+// with calls f with the blob locked, and forgets the blob afterwards if
+// nothing is left of it.
+func (s *Server) with(d digest.Digest, f func(b *blob) error) error {
+	for {
+		s.mu.Lock()
+		b := s.blobs[d]
+		if b == nil {
+			if len(s.blobs) >= maxBlobs {
+				s.mu.Unlock()
+				return status.Errorf(codes.ResourceExhausted, "too many blobs")
+			}
+			b = &blob{s: s, digest: d, members: map[string]*joinStream{}, seeders: map[string]registration{}}
+			s.blobs[d] = b
+		}
+		s.mu.Unlock()
+		b.mu.Lock()
+		if b.dead { // dropped between the two locks
+			b.mu.Unlock()
+			continue
+		}
+		err := f(b)
+		b.reap()
+		b.mu.Unlock()
+		return err
+	}
+}
+
+// reap drops the machine without members, and the blob without anybody. b.mu
+// must be held.
+func (b *blob) reap() {
+	if len(b.members) > 0 {
+		return
+	}
+	b.machine = nil
+	if len(b.seeders) > 0 {
+		return
+	}
+	b.dead = true
+	b.s.mu.Lock()
+	delete(b.s.blobs, b.digest)
+	b.s.mu.Unlock()
+}
+
+// handle lets the machine, if there is one, handle an event. One that comes
+// from a member counts only while from is that member's stream.
+func (b *blob) handle(from *joinStream, event func(m *Machine, now time.Time) []Command) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.machine == nil || (from != nil && b.members[from.name] != from) {
+		return
+	}
+	_ = b.run(func(m *Machine, now time.Time) ([]Command, error) { return event(m, now), nil })
+	b.reap()
+}
+
+// run is handle with b.mu held and a machine there. A machine that panics is
+// dropped with all its members: they join again, and start afresh.
+func (b *blob) run(event func(m *Machine, now time.Time) ([]Command, error)) error {
+	if b.s.ending() {
+		// Streams are being ended one by one: the fetcher's is not to be
+		// taken for a death that the others have to hear of.
+		return status.Error(codes.Unavailable, "tracker is closing")
+	}
+	out, err := b.guard(event)
+	var p *panicError
+	if errors.As(err, &p) {
+		b.s.o.Log.Error("tracker failed; dropping its members", "digest", b.digest, "panic", p.value, "stack", p.stack)
+		for name, st := range b.members {
+			st.end(status.Errorf(codes.Internal, "tracker of %s failed", b.digest))
+			delete(b.members, name)
+		}
+		b.machine = nil
+		return status.Errorf(codes.Internal, "tracker of %s failed", b.digest)
+	}
+	for _, c := range out {
+		b.dispatch(c)
+	}
+	if next := b.machine.Next(); !next.IsZero() && (b.schedule.IsZero() || next.Before(b.schedule)) {
+		b.schedule = next
+		b.s.timers.set(next, b)
+	}
+	return err
+}
+
+type panicError struct {
+	value any
+	stack string
+}
+
+func (p *panicError) Error() string { return fmt.Sprintf("panic: %v", p.value) }
+
+func (b *blob) guard(event func(m *Machine, now time.Time) ([]Command, error)) (out []Command, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			out, err = nil, &panicError{value: v, stack: string(debug.Stack())}
+		}
+	}()
+	now := time.Now()
+	if !now.Before(b.schedule) {
+		b.schedule = time.Time{} // that timer has gone off
+	}
+	return event(b.machine, now)
+}
+
+// dispatch queues one command; b.mu must be held. It never blocks: a member
+// that does not read is let go.
+func (b *blob) dispatch(c Command) {
+	if c.Serve {
+		if r, ok := b.seeders[c.To]; ok && !r.stream.out.put(&api.RegisterCommand{Serve: b.digest.String()}) {
+			r.stream.end(status.Errorf(codes.ResourceExhausted, "%s does not read", c.To))
+		}
+		return
+	}
+	if st := b.members[c.To]; st != nil && !st.out.put(c.Msg) {
+		st.end(status.Errorf(codes.ResourceExhausted, "%s does not read", c.To))
+	}
+}
+
+// open makes a machine for members that say the blob has this size, and tells
+// it of the seeders that agree. b.mu must be held.
+func (b *blob) open(size int64) error {
+	if err := b.run(func(*Machine, time.Time) ([]Command, error) {
+		b.machine = NewMachine(b.digest, size, MachineOptions{
+			StallTimeout: b.s.o.StallTimeout, Members: b.s.o.Members, Layout: b.s.o.Layout,
+		})
+		return nil, nil
+	}); err != nil {
+		return err
+	}
+	for name, r := range b.seeders {
+		if r.size != size {
+			continue
+		}
+		if err := b.run(func(m *Machine, now time.Time) ([]Command, error) {
+			return m.SeederAdded(now, name, r.stream.zone), nil
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// timers is when which blob's machine is to be ticked.
+type timers struct {
+	changed chan struct{} // has room for one: an earlier time was set
+
+	mu   sync.Mutex
+	heap timerHeap // guarded by mu
+}
+
+func (t *timers) set(at time.Time, b *blob) {
+	t.mu.Lock()
+	first := len(t.heap) == 0 || at.Before(t.heap[0].at)
+	heap.Push(&t.heap, timer{at, b})
+	t.mu.Unlock()
+	if first {
+		select {
+		case t.changed <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// pop takes the blobs that are due; if there are none it says how long until
+// the next, 0 for never.
+func (t *timers) pop(now time.Time) (wait time.Duration, due []*blob) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for len(t.heap) > 0 {
+		if wait := t.heap[0].at.Sub(now); wait > 0 {
+			return wait, due
+		}
+		due = append(due, heap.Pop(&t.heap).(timer).b)
+	}
+	return 0, due
+}
+
+type timer struct {
+	at time.Time
+	b  *blob
+}
+
+type timerHeap []timer
+
+func (h timerHeap) Len() int           { return len(h) }
+func (h timerHeap) Less(i, j int) bool { return h[i].at.Before(h[j].at) }
+func (h timerHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
+
+// Push is part of heap.Interface.
+func (h *timerHeap) Push(x any) { *h = append(*h, x.(timer)) }
+
+// Pop is part of heap.Interface.
+func (h *timerHeap) Pop() any {
+	old := *h
+	last := old[len(old)-1]
+	old[len(old)-1] = timer{}
+	*h = old[:len(old)-1]
+	return last
+}

@@ -1,0 +1,270 @@
+package tracker
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	api "github.com/imagewolf/imagewolf/api/v1"
+)
+
+// service is the Server as gRPC calls it: the RPC Register cannot be a method
+// of Server, whose own Register adds it to a gRPC server.
+type service struct {
+	api.UnimplementedTrackerServer
+	s *Server
+}
+
+// ender is how a stream is ended from outside its handler.
+type ender struct {
+	once sync.Once
+	done chan struct{} // closed by end
+	err  error         // the stream's status; readable once done is closed
+}
+
+// end lets the stream's handler return err; the first call counts. It does
+// not block.
+func (e *ender) end(err error) {
+	e.once.Do(func() {
+		e.err = err
+		close(e.done)
+	})
+}
+
+// serve runs a stream's two goroutines and returns when the stream is over.
+// The handler is in neither Send nor Recv itself, which block for as long as
+// the other side likes; both return when the handler has, because that ends
+// the stream's context. What receive takes on it gives back when it returns.
+func (s *Server) serve(ctx context.Context, e *ender, send, receive func() error) error {
+	if !s.enter(2) {
+		return status.Error(codes.Unavailable, "tracker is closing")
+	}
+	go func() {
+		defer s.streams.Done()
+		if err := send(); err != nil {
+			e.end(err)
+		}
+	}()
+	go func() {
+		defer s.streams.Done()
+		err := receive()
+		if errors.Is(err, io.EOF) {
+			err = nil
+		}
+		e.end(err)
+	}()
+	select {
+	case <-e.done:
+	case <-ctx.Done():
+		e.end(status.FromContextError(ctx.Err()).Err())
+	case <-s.closed:
+		e.end(status.Error(codes.Unavailable, "tracker is closing"))
+	}
+	<-e.done // another call of end may be on its way to closing it
+	return e.err
+}
+
+// joinStream is one member's stream.
+type joinStream struct {
+	ender
+	name string
+	blob *blob
+	out  *outbox[*api.TrackerMessage]
+}
+
+// Join serves one member of one blob for as long as its stream lives.
+func (v service) Join(stream api.Tracker_JoinServer) error {
+	st := &joinStream{ender: ender{done: make(chan struct{})}, out: newOutbox[*api.TrackerMessage](queueSlack)}
+	late := time.AfterFunc(helloTimeout, func() { st.end(status.Error(codes.DeadlineExceeded, "no hello")) })
+	defer late.Stop()
+	ctx := stream.Context()
+	return v.s.serve(ctx, &st.ender,
+		func() error { return st.out.drain(ctx, stream.Send) },
+		func() error {
+			msg, err := stream.Recv()
+			if err != nil {
+				return err
+			}
+			late.Stop()
+			if err := v.s.join(ctx, st, msg.GetHello()); err != nil {
+				return err
+			}
+			defer st.leave()
+			for {
+				msg, err := stream.Recv()
+				if err != nil {
+					return err
+				}
+				st.blob.handle(st, func(m *Machine, now time.Time) []Command { return m.Message(now, st.name, msg) })
+			}
+		})
+}
+
+// join makes the stream a member. The caller owes leave if there is no error.
+func (s *Server) join(ctx context.Context, st *joinStream, hello *api.Hello) error {
+	if err := checkHello(hello); err != nil {
+		return status.Error(codes.InvalidArgument, err.Error())
+	}
+	if err := s.checkName(ctx, hello.GetSelf()); err != nil {
+		return err
+	}
+	d, err := digest.Parse(hello.GetDigest())
+	if err != nil {
+		return status.Errorf(codes.InvalidArgument, "digest %.200q: %v", hello.GetDigest(), err)
+	}
+	st.name = hello.GetSelf().GetName()
+	return s.with(d, func(b *blob) error {
+		if b.machine == nil {
+			if err := b.open(hello.GetSize()); err != nil {
+				return err
+			}
+		}
+		if have := b.machine.Size(); have != hello.GetSize() {
+			return status.Errorf(codes.FailedPrecondition, "size of %s is %d here, not %d", d, have, hello.GetSize())
+		}
+		old := b.members[st.name]
+		st.blob = b
+		// The first answer may be one message per segment.
+		st.out.limit += len(b.machine.segs)
+		b.members[st.name] = st
+		err := b.run(func(m *Machine, now time.Time) ([]Command, error) { return m.Join(now, hello) })
+		switch {
+		case err == nil:
+			if old != nil {
+				old.end(status.Errorf(codes.Aborted, "%s has joined again", st.name))
+			}
+			return nil
+		case old != nil && b.machine != nil:
+			b.members[st.name] = old
+		default:
+			delete(b.members, st.name)
+		}
+		if errors.Is(err, ErrFull) {
+			return status.Error(codes.ResourceExhausted, err.Error())
+		}
+		return err
+	})
+}
+
+// leave ends the membership, unless a newer stream of the node has it.
+func (st *joinStream) leave() {
+	b := st.blob
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.members[st.name] != st {
+		return
+	}
+	delete(b.members, st.name)
+	if len(b.members) > 0 { // without members the machine goes anyway
+		_ = b.run(func(m *Machine, now time.Time) ([]Command, error) { return m.Leave(now, st.name), nil })
+	}
+	b.reap()
+}
+
+// registerStream is one node's stream of what it holds.
+type registerStream struct {
+	ender
+	name, zone string
+	out        *outbox[*api.RegisterCommand]
+	held       map[digest.Digest]*blob // only the receiving goroutine's
+}
+
+// Register keeps what one node holds for as long as its stream lives.
+func (v service) Register(stream api.Tracker_RegisterServer) error {
+	st := &registerStream{
+		ender: ender{done: make(chan struct{})},
+		out:   newOutbox[*api.RegisterCommand](queueSlack),
+		held:  map[digest.Digest]*blob{},
+	}
+	late := time.AfterFunc(helloTimeout, func() { st.end(status.Error(codes.DeadlineExceeded, "no first message")) })
+	defer late.Stop()
+	ctx := stream.Context()
+	return v.s.serve(ctx, &st.ender,
+		func() error { return st.out.drain(ctx, stream.Send) },
+		func() error {
+			defer func() {
+				for d := range st.held {
+					st.remove(d)
+				}
+			}()
+			for {
+				msg, err := stream.Recv()
+				if err != nil {
+					return err
+				}
+				late.Stop()
+				if err := v.s.register(ctx, st, msg); err != nil {
+					return err
+				}
+			}
+		})
+}
+
+func (s *Server) register(ctx context.Context, st *registerStream, msg *api.RegisterMessage) error {
+	if st.name == "" {
+		name := msg.GetSelf().GetName()
+		if name == "" || len(name) > maxText || len(msg.GetZone()) > maxText {
+			return status.Error(codes.InvalidArgument, "first message without a usable name or zone")
+		}
+		if err := s.checkName(ctx, msg.GetSelf()); err != nil {
+			return err
+		}
+		st.name, st.zone = name, msg.GetZone()
+	}
+	for _, h := range msg.GetAdded() {
+		d, err := digest.Parse(h.GetDigest())
+		if err != nil || h.GetSize() <= 0 || h.GetSize() > maxSize {
+			continue // one odd blob must not cost the node all others
+		}
+		if len(st.held) >= maxHeld {
+			return status.Errorf(codes.ResourceExhausted, "%s registers more than %d blobs", st.name, maxHeld)
+		}
+		if err := s.hold(st, d, h.GetSize()); err != nil {
+			return err
+		}
+	}
+	for _, r := range msg.GetRemoved() {
+		st.remove(digest.Digest(r))
+	}
+	return nil
+}
+
+func (s *Server) hold(st *registerStream, d digest.Digest, size int64) error {
+	return s.with(d, func(b *blob) error {
+		b.seeders[st.name] = registration{stream: st, size: size}
+		st.held[d] = b
+		if b.machine == nil || b.machine.Size() != size {
+			return nil
+		}
+		// A panic in there is the members' trouble, not this stream's.
+		_ = b.run(func(m *Machine, now time.Time) ([]Command, error) {
+			return m.SeederAdded(now, st.name, st.zone), nil
+		})
+		return nil
+	})
+}
+
+// remove takes back one blob, unless a newer stream of the node holds it.
+func (st *registerStream) remove(d digest.Digest) {
+	b := st.held[d]
+	if b == nil {
+		return
+	}
+	delete(st.held, d)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.seeders[st.name].stream != st {
+		return
+	}
+	delete(b.seeders, st.name)
+	if b.machine != nil {
+		_ = b.run(func(m *Machine, now time.Time) ([]Command, error) { return m.SeederRemoved(now, st.name), nil })
+	}
+	b.reap()
+}
