@@ -1,0 +1,680 @@
+package store
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+const size = 300_000
+
+func TestPullFromRegistry(t *testing.T) {
+	s := open(t, Options{Filler: &filler{}}) // Fill returns at once
+	b, d := random(size, 1)
+	w := writer(t, s, refFor("a", d), size)
+	wait(t, w)
+	if got := offset(t, w); got != 0 {
+		t.Fatalf("offset %d", got)
+	}
+	for p := range slices.Chunk(b, 70_000) {
+		write(t, w, p)
+	}
+	if got := offset(t, w); got != size {
+		t.Fatalf("offset %d after the last byte", got)
+	}
+	if v := visible(t, s); v[d] {
+		t.Fatal("visible before the commit")
+	}
+	commit(t, w, size, d)
+	if v := visible(t, s); !v[d] {
+		t.Fatal("not visible after the commit")
+	}
+	got, err := content.ReadBlob(t.Context(), s, ocispec.Descriptor{Digest: d})
+	if err != nil || !bytes.Equal(got, b) {
+		t.Fatalf("read %d bytes: %v", len(got), err)
+	}
+}
+
+func TestPullFromPeersOnly(t *testing.T) {
+	b, d := random(size, 1)
+	seeding := make(chan struct{})
+	f := &filler{fill: func(ctx context.Context, in *Ingest) {
+		peer(t, in, b, size/2, size)
+		peer(t, in, b, 0, size/2)
+		until(t, in, func(st State) bool { return st.Whole })
+		<-seeding // goes on seeding after the blob is whole
+		got := make([]byte, size)
+		if _, err := in.ReadAt(got, 0); err != nil || !bytes.Equal(got, b) {
+			t.Errorf("read while seeding: %v", err)
+		}
+	}}
+	s := open(t, Options{Filler: f})
+	w := writer(t, s, refFor("a", d), size)
+	wait(t, w)
+	if got := offset(t, w); got != size {
+		t.Fatalf("offset %d", got)
+	}
+	commit(t, w, size, d)
+	close(seeding)
+}
+
+// The prefix comes from peers, the rest from the registry, and the peers bring
+// what the registry has yet to come to.
+func TestPullFromBoth(t *testing.T) {
+	b, d := random(size, 1)
+	released := make(chan struct{})
+	f := &filler{fill: func(ctx context.Context, in *Ingest) {
+		peer(t, in, b, 0, 100_000)
+		if !in.Fetch() {
+			t.Error("nobody waited")
+		}
+		if in.Fetch() {
+			t.Error("released twice")
+		}
+		peer(t, in, b, 200_000, 250_000)
+		close(released)
+		<-ctx.Done()
+	}}
+	s := open(t, Options{Filler: f})
+	w := writer(t, s, refFor("a", d), size)
+	wait(t, w)
+	<-released
+	if got := offset(t, w); got != 100_000 {
+		t.Fatalf("offset %d", got)
+	}
+	// What is present is not believed again: these bytes would be wrong.
+	p := bytes.Clone(b[100_000:])
+	clear(p[100_000:150_000])
+	write(t, w, p)
+	commit(t, w, size, d)
+}
+
+func TestWriteAtLeavesPresentBytesAlone(t *testing.T) {
+	s := open(t, Options{})
+	b, d := random(size, 1)
+	w := writer(t, s, refFor("a", d), size)
+	in := w.(*stream).in
+	peer(t, in, b, 1000, 2000)
+	junk := make([]byte, 3000)
+	if n, err := in.WriteAt(junk, 0); n != len(junk) || err != nil {
+		t.Fatal(n, err)
+	}
+	got := make([]byte, 1000)
+	if _, err := in.ReadAt(got, 1000); err != nil || !bytes.Equal(got, b[1000:2000]) {
+		t.Fatalf("present bytes changed (%v)", err)
+	}
+	// The junk beside them was never marked, so a stream overwrites it.
+	write(t, w, b)
+	commit(t, w, size, d)
+}
+
+func TestRangesOfPeersAreChecked(t *testing.T) {
+	s := open(t, Options{})
+	_, d := random(size, 1)
+	in := writer(t, s, refFor("a", d), size).(*stream).in
+	const most = 1<<63 - 1
+	for _, r := range [][2]int64{{-1, 5}, {0, -1}, {size, 1}, {size - 1, 2}, {most, most}, {1, most}} {
+		wantErr(t, in.MarkPresent(r[0], r[1]), errdefs.ErrOutOfRange)
+		if in.Present(r[0], r[1]) {
+			t.Errorf("%v is present", r)
+		}
+	}
+	_, err := in.WriteAt(make([]byte, 2), size-1)
+	wantErr(t, err, errdefs.ErrOutOfRange)
+}
+
+func TestStatusOfRef(t *testing.T) {
+	s := open(t, Options{})
+	b, d := random(size, 1)
+	ref := refFor("a", d)
+	w := writer(t, s, ref, size)
+	in := w.(*stream).in
+	at := func() int64 {
+		st, err := s.Status(t.Context(), ref)
+		if err != nil || st.Total != size || st.StartedAt.IsZero() || st.UpdatedAt.Before(st.StartedAt) {
+			t.Fatalf("status %+v: %v", st, err)
+		}
+		return st.Offset
+	}
+	var last int64
+	for lo := size - 30_000; lo > 0; lo -= 30_000 { // from the end on: the prefix stays 0
+		peer(t, in, b, lo, lo+30_000)
+		if now := at(); now <= last || now >= size {
+			t.Fatalf("offset %d after %d", now, last)
+		} else {
+			last = now
+		}
+	}
+	if got := offset(t, w); got != 0 {
+		t.Fatalf("stream's offset %d", got)
+	}
+	write(t, w, b)
+	if got := at(); got != size {
+		t.Fatalf("offset %d when whole", got)
+	}
+	list, err := s.ListStatuses(t.Context(), "ref=="+ref)
+	if err != nil || len(list) != 1 || list[0].Ref != ref {
+		t.Fatalf("list %v: %v", list, err)
+	}
+	if list, err := s.ListStatuses(t.Context(), "ref==x"); err != nil || len(list) != 0 {
+		t.Fatalf("list %v: %v", list, err)
+	}
+	commit(t, w, size, d)
+	_, err = s.Status(t.Context(), ref)
+	wantErr(t, err, errdefs.ErrNotFound)
+}
+
+// All is there but not checked yet: nobody may be told the whole size.
+func TestNeverTotalBeforeWhole(t *testing.T) {
+	s := open(t, Options{})
+	_, d := random(size, 1)
+	ref := refFor("a", d)
+	w := writer(t, s, ref, size)
+	in := w.(*stream).in
+	in.mu.Lock()
+	in.hashing = true // keeps the hasher away
+	in.present.add(0, size)
+	in.mu.Unlock()
+	if got := offset(t, w); got != size-1 {
+		t.Errorf("stream's offset %d", got)
+	}
+	if st, err := s.Status(t.Context(), ref); err != nil || st.Offset != size-1 {
+		t.Errorf("ref's status %+v: %v", st, err)
+	}
+	if in.Fetch() {
+		t.Error("released although nothing is missing")
+	}
+	in.mu.Lock()
+	in.hashing, in.present = false, ranges{}
+	in.mu.Unlock()
+}
+
+func TestOneStreamPerRef(t *testing.T) {
+	s := open(t, Options{})
+	_, d := random(size, 1)
+	ref := refFor("a", d)
+	w := writer(t, s, ref, size)
+	_, err := s.Writer(t.Context(), content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{Size: size}))
+	wantErr(t, err, errdefs.ErrUnavailable)
+	if !strings.Contains(err.Error(), "locked for") {
+		t.Error(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	writer(t, s, ref, size)
+}
+
+func TestSizeConflict(t *testing.T) {
+	s := open(t, Options{})
+	b, d := random(size, 1)
+	w := writer(t, s, refFor("a", d), size)
+	other := func() (content.Writer, error) {
+		return s.Writer(t.Context(), content.WithRef(refFor("b", d)), content.WithDescriptor(ocispec.Descriptor{Size: 5}))
+	}
+	_, err := other()
+	wantErr(t, err, errdefs.ErrFailedPrecondition)
+	write(t, w, b)
+	commit(t, w, size, d)
+	_, err = other()
+	wantErr(t, err, errdefs.ErrFailedPrecondition)
+}
+
+func TestSharedByNamespaces(t *testing.T) {
+	s := open(t, Options{})
+	b, d := random(size, 1)
+	w1, w2 := writer(t, s, refFor("a", d), size), writer(t, s, refFor("b", d), size)
+	wait(t, w1)
+	done := waitAsync(t, w2)
+	write(t, w1, b)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if got := offset(t, w2); got != size {
+		t.Fatalf("offset %d", got)
+	}
+	commit(t, w1, size, d)
+	commit(t, w2, size, d)
+}
+
+// A blob that is there already: the descriptor's digest is refused as the local
+// store does, the ref's is whole from the start.
+func TestWriterOnBlobThatIsHere(t *testing.T) {
+	s := open(t, Options{SeedQuota: 1 << 30})
+	b, _ := random(size, 1)
+	d := put(t, s, b)
+	for range 2 {
+		if err := s.Delete(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+		_, err := s.Writer(t.Context(), content.WithRef("x"), content.WithDescriptor(ocispec.Descriptor{Size: size, Digest: d}))
+		wantErr(t, err, errdefs.ErrAlreadyExists)
+		if !visible(t, s)[d] {
+			t.Error("hidden after ErrAlreadyExists")
+		}
+		if err := s.Delete(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.Writer(t.Context(), content.WithRef("x"), content.WithDescriptor(ocispec.Descriptor{Digest: d}))
+		wantErr(t, err, errdefs.ErrAlreadyExists)
+		if !visible(t, s)[d] {
+			t.Error("hidden after ErrAlreadyExists")
+		}
+		if err := s.Delete(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+		w := writer(t, s, refFor("b", d), size)
+		wait(t, w)
+		if got := offset(t, w); got != size {
+			t.Fatalf("offset %d", got)
+		}
+		commit(t, w, size, d)
+		if !visible(t, s)[d] {
+			t.Error("hidden after the commit")
+		}
+	}
+}
+
+func TestWriterThatDiesHandsOver(t *testing.T) {
+	s := open(t, Options{Filler: &filler{}})
+	b, d := random(size, 1)
+	w1, w2, w3 := writer(t, s, refFor("a", d), size), writer(t, s, refFor("b", d), size), writer(t, s, refFor("c", d), size)
+	wait(t, w1)
+	done2 := waitAsync(t, w2)
+	done3 := waitAsync(t, w3)
+	write(t, w1, b[:100_000])
+	if err := w1.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done2; err != nil {
+		t.Fatal(err)
+	}
+	if got := offset(t, w2); got != 100_000 {
+		t.Fatalf("offset %d", got)
+	}
+	if st, _ := w3.(*stream).in.Watch(); st.Waiting != 1 || st.Writing != 1 {
+		t.Fatalf("state %+v", st)
+	}
+	write(t, w2, b[100_000:])
+	if err := <-done3; err != nil {
+		t.Fatal(err)
+	}
+	commit(t, w3, size, d)
+	commit(t, w2, size, d)
+}
+
+func TestWriterThatStallsIsOvertaken(t *testing.T) {
+	b, d := random(size, 1)
+	root := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s := open(t, Options{Root: root, MaxWait: 30 * time.Second})
+		w1, w2, w3 := writer(t, s, refFor("a", d), size), writer(t, s, refFor("b", d), size), writer(t, s, refFor("c", d), size)
+		wait(t, w1)
+		start := time.Now()
+		done := waitAsync(t, w2)
+		time.Sleep(20 * time.Second)
+		write(t, w1, b[:1000]) // puts it off
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		if got := time.Since(start); got != 50*time.Second {
+			t.Errorf("released after %s", got)
+		}
+		done = waitAsync(t, w3)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		if got := time.Since(start); got != 80*time.Second {
+			t.Errorf("the next one released after %s", got)
+		}
+		write(t, w2, b[1000:])
+		commit(t, w2, size, d)
+	})
+}
+
+func TestWaitEnds(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	f := &filler{fill: func(ctx context.Context, in *Ingest) { <-ctx.Done() }}
+	s := open(t, Options{Filler: f})
+	b, d := random(size, 1)
+	ref := refFor("a", d)
+
+	w := writer(t, s, ref, size)
+	cancel()
+	if err := w.(Waiter).Wait(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("ctx: %v", err)
+	}
+	if _, err := w.Write(b[:1]); err != nil {
+		t.Errorf("write after a wait that ended: %v", err)
+	}
+
+	w2 := writer(t, s, refFor("b", d), size)
+	done := waitAsync(t, w2)
+	if _, err := w2.Write(b[:1]); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("write while waiting: %v", err)
+	}
+	if err := s.Abort(t.Context(), refFor("b", d)); err != nil {
+		t.Fatal(err)
+	}
+	wantErr(t, <-done, errdefs.ErrAborted)
+
+	w3 := writer(t, s, refFor("c", d), size)
+	done = waitAsync(t, w3)
+	if err := w3.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wantErr(t, <-done, errdefs.ErrFailedPrecondition)
+
+	w4 := writer(t, s, refFor("d", d), size)
+	done = waitAsync(t, w4)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wantErr(t, <-done, errdefs.ErrUnavailable)
+	_, err := s.Writer(t.Context(), content.WithRef(refFor("e", d)), content.WithDescriptor(ocispec.Descriptor{Size: size}))
+	wantErr(t, err, errdefs.ErrUnavailable)
+}
+
+func TestPanicInFill(t *testing.T) {
+	runs := 0
+	s := open(t, Options{Filler: &filler{fill: func(context.Context, *Ingest) { runs++; panic("boom") }}})
+	b, d := random(size, 1)
+	w := writer(t, s, refFor("a", d), size)
+	wait(t, w)
+	write(t, w, b)
+	commit(t, w, size, d)
+	if runs != 1 {
+		t.Errorf("%d runs", runs)
+	}
+}
+
+// A later Wait starts Fill again, and sees that somebody writes already.
+func TestFillStartsAgain(t *testing.T) {
+	states := make(chan State, 4)
+	s := open(t, Options{Filler: &filler{fill: func(_ context.Context, in *Ingest) {
+		st, _ := in.Watch()
+		states <- st
+	}}})
+	_, d := random(size, 1)
+	w1, w2 := writer(t, s, refFor("a", d), size), writer(t, s, refFor("b", d), size)
+	wait(t, w1)
+	<-states
+	until(t, w1.(*stream).in, func(State) bool { return true })
+	done := waitAsync(t, w2)
+	if st := <-states; st.Writing != 1 || st.Waiting != 1 {
+		t.Errorf("state %+v", st)
+	}
+	if err := w1.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestWrongBytesFromPeers(t *testing.T) {
+	b, d := random(size, 1)
+	junk, _ := random(size, 2)
+	f := &filler{fill: func(ctx context.Context, in *Ingest) {
+		peer(t, in, junk, 0, size)
+		st := until(t, in, func(st State) bool { return st.Failed == 1 })
+		if st.Present != 0 || st.Prefix != 0 || st.Waiting != 1 {
+			t.Errorf("state %+v", st)
+		}
+		in.Fetch()
+		<-ctx.Done()
+	}}
+	s := open(t, Options{Filler: f})
+	w := writer(t, s, refFor("a", d), size)
+	wait(t, w)
+	if got := offset(t, w); got != 0 {
+		t.Fatalf("offset %d", got)
+	}
+	write(t, w, b)
+	commit(t, w, size, d)
+}
+
+func TestWrongBytesFromRegistry(t *testing.T) {
+	s := open(t, Options{})
+	b, d := random(size, 1)
+	junk, junkDigest := random(size, 2)
+	ref := refFor("a", d)
+	w := writer(t, s, ref, size)
+	wait(t, w)
+	write(t, w, junk[:size-1])
+	_, err := w.Write(junk[size-1:])
+	wantErr(t, err, errdefs.ErrFailedPrecondition)
+	for _, want := range []string{"unexpected commit digest " + junkDigest.String(), "expected " + d.String()} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q does not say %q", err, want)
+		}
+	}
+	wantErr(t, w.Commit(t.Context(), size, d), errdefs.ErrFailedPrecondition)
+
+	w = writer(t, s, ref, size) // the retry begins at 0
+	wait(t, w)
+	if got := offset(t, w); got != 0 {
+		t.Fatalf("offset %d", got)
+	}
+	write(t, w, b)
+	commit(t, w, size, d)
+}
+
+// Who was told an offset before the bytes were thrown away must not write there.
+func TestOffsetThatIsNoMore(t *testing.T) {
+	s := open(t, Options{})
+	b, d := random(size, 1)
+	junk, _ := random(size, 2)
+	w := writer(t, s, refFor("a", d), size)
+	in := w.(*stream).in
+	peer(t, in, junk, 0, 1000)
+	if got := offset(t, w); got != 1000 {
+		t.Fatalf("offset %d", got)
+	}
+	peer(t, in, junk, 1000, size)
+	until(t, in, func(st State) bool { return st.Failed == 1 })
+	_, err := w.Write(b[1000:])
+	wantErr(t, err, errdefs.ErrFailedPrecondition)
+}
+
+func TestCommitOfTooLittle(t *testing.T) {
+	s := open(t, Options{})
+	b, d := random(size, 1)
+	_, other := random(size, 2)
+	ref := refFor("a", d)
+	w := writer(t, s, ref, size)
+	write(t, w, b[:1000])
+	err := w.Commit(t.Context(), size, d)
+	wantErr(t, err, errdefs.ErrFailedPrecondition)
+	if !strings.Contains(err.Error(), "unexpected commit size 1000, expected 300000") {
+		t.Error(err)
+	}
+	wantErr(t, w.Commit(t.Context(), size, d), errdefs.ErrFailedPrecondition) // closed
+
+	w = writer(t, s, ref, size)
+	if got := offset(t, w); got != 1000 {
+		t.Fatalf("offset %d", got)
+	}
+	write(t, w, b[1000:])
+	wantErr(t, w.Commit(t.Context(), size, other), errdefs.ErrFailedPrecondition)
+	w = writer(t, s, ref, size)
+	wantErr(t, w.Commit(t.Context(), size+1, d), errdefs.ErrFailedPrecondition)
+	w = writer(t, s, ref, size)
+	if _, err := w.Write(b[:1]); err == nil {
+		t.Error("wrote beyond the end")
+	}
+	commit(t, w, size, "")
+}
+
+func TestTruncate(t *testing.T) {
+	s := open(t, Options{})
+	b, d := random(size, 1)
+	junk, _ := random(1000, 2)
+	w1 := writer(t, s, refFor("a", d), size)
+	wantErr(t, w1.Truncate(5), errdefs.ErrNotImplemented)
+	write(t, w1, junk)
+	if err := w1.Truncate(0); err != nil { // alone: the junk goes
+		t.Fatal(err)
+	}
+	if st, _ := w1.(*stream).in.Watch(); st.Present != 0 || offset(t, w1) != 0 {
+		t.Fatalf("state %+v", st)
+	}
+	write(t, w1, b[:1000])
+	w2 := writer(t, s, refFor("b", d), size)
+	if got := offset(t, w2); got > 1000 {
+		t.Fatalf("offset %d", got)
+	}
+	if err := w1.Truncate(0); err != nil { // not alone: what is there stays
+		t.Fatal(err)
+	}
+	if st, _ := w1.(*stream).in.Watch(); st.Present != 1000 || offset(t, w1) != 0 {
+		t.Fatalf("state %+v", st)
+	}
+	write(t, w1, b)
+	commit(t, w1, size, d)
+	commit(t, w2, size, d)
+
+	w3 := writer(t, s, refFor("c", d), size) // whole already
+	if err := w3.Truncate(0); err != nil || offset(t, w3) != 0 {
+		t.Fatal(err)
+	}
+	wantErr(t, w3.Commit(t.Context(), size, d), errdefs.ErrFailedPrecondition)
+}
+
+func TestAbort(t *testing.T) {
+	ended := make(chan struct{})
+	started := make(chan *Ingest, 1)
+	f := &filler{fill: func(ctx context.Context, in *Ingest) {
+		started <- in
+		<-ctx.Done()
+		if _, err := in.WriteAt([]byte{1}, 0); !errors.Is(err, errdefs.ErrAborted) {
+			t.Errorf("write after the abort: %v", err)
+		}
+		ended <- struct{}{}
+	}}
+	s := open(t, Options{Filler: f})
+	b, d := random(size, 1)
+	refA, refB := refFor("a", d), refFor("b", d)
+	wA, wB := writer(t, s, refA, size), writer(t, s, refB, size)
+	doneA := waitAsync(t, wA)
+	in := <-started
+	peer(t, in, b, 0, 1000)
+
+	if err := s.Abort(t.Context(), refA); err != nil {
+		t.Fatal(err)
+	}
+	wantErr(t, <-doneA, errdefs.ErrAborted)
+	if got := offset(t, wB); got != 1000 {
+		t.Fatalf("the other ref's offset is %d", got)
+	}
+	if err := s.Abort(t.Context(), refB); err != nil {
+		t.Fatal(err)
+	}
+	<-ended
+	wantErr(t, wB.Commit(t.Context(), size, d), errdefs.ErrAborted)
+
+	w := writer(t, s, refA, size)
+	if got := offset(t, w); got != 0 {
+		t.Fatalf("offset %d after the abort", got)
+	}
+	write(t, w, b)
+	commit(t, w, size, d)
+}
+
+// Streams gone, the swarm brings the rest: the blob is kept, hidden, and shows
+// in no list meanwhile.
+func TestFillWithoutStreams(t *testing.T) {
+	b, d := random(size, 1)
+	gone := make(chan struct{})
+	f := &filler{hear: make(chan struct{}, 8)}
+	f.fill = func(ctx context.Context, in *Ingest) {
+		<-gone
+		if st, _ := in.Watch(); st.Waiting+st.Writing != 0 {
+			t.Errorf("state %+v", st)
+		}
+		peer(t, in, b, 0, size)
+		until(t, in, func(st State) bool { return st.Whole })
+	}
+	s := open(t, Options{Filler: f, SeedQuota: 1 << 30})
+	defer runStore(t, s)()
+	ref := refFor("a", d)
+	ctx, cancel := context.WithCancel(t.Context())
+	w := writer(t, s, ref, size)
+	in := w.(*stream).in
+	done := make(chan error, 1)
+	go func() { done <- w.(Waiter).Wait(ctx) }()
+	until(t, in, func(st State) bool { return st.Waiting == 1 })
+	cancel()
+	<-done
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	close(gone)
+	<-f.hear
+	if visible(t, s)[d] {
+		t.Error("visible")
+	}
+	blob, err := s.OpenBlob(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer blob.Close()
+	if got, err := io.ReadAll(io.NewSectionReader(blob, 0, blob.Size())); err != nil || !bytes.Equal(got, b) {
+		t.Errorf("read %d bytes: %v", len(got), err)
+	}
+}
+
+// runStore runs Run until the returned function is called.
+func runStore(t testing.TB, s *Store) func() {
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := s.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	return func() {
+		cancel()
+		wg.Wait()
+	}
+}
+
+func TestWriteOwnedAndSmallWrites(t *testing.T) {
+	s := open(t, Options{})
+	const n = 12 << 20
+	b, d := random(n, 1)
+	w := writer(t, s, refFor("a", d), n)
+	wait(t, w)
+	sizes := []int{1, 32, 4096, 70_000, 1 << 20, 3 << 20}
+	for at, i := 0, 0; at < n; i++ {
+		end := min(n, at+sizes[i%len(sizes)])
+		if i%2 == 0 {
+			write(t, w, b[at:end])
+		} else if m, err := w.(OwnedWriter).WriteOwned(bytes.Clone(b[at:end])); err != nil || m != end-at {
+			t.Fatal(m, err)
+		}
+		at = end
+		if got := offset(t, w); got != int64(at) {
+			t.Fatalf("offset %d after %d bytes", got, at)
+		}
+	}
+	in := w.(*stream).in
+	in.mu.Lock()
+	held := in.held
+	in.mu.Unlock()
+	if held != 0 {
+		t.Errorf("%d bytes of memory still held", held)
+	}
+	commit(t, w, n, d)
+}
