@@ -1,0 +1,108 @@
+// Package command is the command line of imagewolf: the daemon of a node and
+// the operator's tools beside it. It turns arguments into calls of the other
+// packages and does no work of its own.
+package command
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/imagewolf/imagewolf/cluster"
+	"github.com/imagewolf/imagewolf/config"
+)
+
+const (
+	configFlag = "config"
+	configEnv  = "IMAGEWOLF_CONFIG"
+)
+
+// runner is a node that can be run until its context ends.
+type runner interface {
+	Run(ctx context.Context) error
+}
+
+// App returns the command line of imagewolf. The context it is run with ends
+// the daemon.
+func App() *cli.App { return newApp(newNode) }
+
+// newApp takes what makes the node, so that the way to it can be tested
+// without one.
+func newApp(makeNode func(config.Config, *slog.Logger) (runner, error)) *cli.App {
+	return &cli.App{
+		Name:  "imagewolf",
+		Usage: "container images from the other nodes of a cluster, through containerd's own content store",
+		// Errors are printed once, by main; the library would exit on some.
+		ExitErrHandler:  func(*cli.Context, error) {},
+		HideVersion:     true,
+		HideHelpCommand: true,
+		Commands: []*cli.Command{
+			daemonCommand(makeNode), configCommand(), clusterKeyCommand(), demoCommand(), versionCommand(),
+		},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return fmt.Errorf("there is no command %q; 'imagewolf help' names them all", c.Args().First())
+			}
+			return cli.ShowAppHelp(c)
+		},
+	}
+}
+
+// settingFlags returns --config and one flag for every setting.
+func settingFlags() []cli.Flag {
+	flags := []cli.Flag{&cli.PathFlag{
+		Name: configFlag, Aliases: []string{"c"}, EnvVars: []string{configEnv}, Value: config.DefaultFile,
+		Usage: "`FILE` with the settings; the default one may be absent",
+	}}
+	for _, f := range config.Fields() {
+		if f.Flag == "" {
+			continue
+		}
+		// The environment is read by package config, in the same place as the
+		// file, so the library must not look there.
+		usage := fmt.Sprintf("%s [$%s]", f.Usage, f.Env)
+		if f.Bool {
+			flags = append(flags, &cli.BoolFlag{Name: f.Flag, Usage: usage})
+			continue
+		}
+		flags = append(flags, &cli.StringFlag{Name: f.Flag, Usage: usage, DefaultText: f.Default})
+	}
+	return flags
+}
+
+// load reads the settings as the command line asks for them.
+func load(c *cli.Context) (config.Config, error) {
+	return config.Load(config.Sources{
+		File:     c.Path(configFlag),
+		Optional: !c.IsSet(configFlag),
+		Env:      os.LookupEnv,
+		Flags: func(name string) (string, bool) {
+			return fmt.Sprint(c.Value(name)), c.IsSet(name)
+		},
+	})
+}
+
+// noArgs refuses arguments that would otherwise be overlooked.
+func noArgs(c *cli.Context) error {
+	if c.Args().Present() {
+		return fmt.Errorf("%s takes no argument, and was given %q", c.Command.HelpName, c.Args().First())
+	}
+	return nil
+}
+
+func clusterKeyCommand() *cli.Command {
+	return &cli.Command{
+		Name: "cluster-key", Usage: "the secret that makes nodes one cluster",
+		Subcommands: []*cli.Command{{
+			Name: "generate", Usage: "print a new key; give the same one to every node, and to nobody else",
+			Before: noArgs,
+			Action: func(c *cli.Context) error {
+				_, err := fmt.Fprintln(c.App.Writer, cluster.GenerateKey())
+				return err
+			},
+		}},
+	}
+}

@@ -1,0 +1,53 @@
+package command
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/node"
+)
+
+func newNode(cfg config.Config, log *slog.Logger) (runner, error) { return node.New(cfg, log) }
+
+func daemonCommand(makeNode func(config.Config, *slog.Logger) (runner, error)) *cli.Command {
+	return &cli.Command{
+		Name: "daemon", Usage: "run a node until it is told to stop (SIGINT, SIGTERM)",
+		Flags: settingFlags(), Before: noArgs,
+		Action: func(c *cli.Context) error {
+			cfg, err := load(c)
+			if err = errors.Join(err, cfg.Validate()); err != nil {
+				return err
+			}
+			log, err := newLogger(c.App.ErrWriter, cfg)
+			if err != nil {
+				return err
+			}
+			for _, w := range cfg.Warnings() {
+				log.Warn("setting", "warning", w)
+			}
+			n, err := makeNode(cfg, log)
+			if err != nil {
+				return err
+			}
+			log.Info("imagewolf starts", "version", thisBuild().version)
+			return n.Run(c.Context)
+		},
+	}
+}
+
+func newLogger(w io.Writer, cfg config.Config) (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
+		return nil, fmt.Errorf("log_level: %w", err)
+	}
+	o := &slog.HandlerOptions{Level: level}
+	if cfg.LogFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, o)), nil
+	}
+	return slog.New(slog.NewTextHandler(w, o)), nil
+}

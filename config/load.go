@@ -1,0 +1,195 @@
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"reflect"
+	"strings"
+
+	"github.com/agnivade/levenshtein"
+	"github.com/pelletier/go-toml/v2"
+)
+
+// maxFile bounds what is read of a configuration file, in bytes.
+const maxFile = 1 << 20
+
+// Sources says where settings come from. Each overrides those before it:
+// defaults, File, Env, Flags.
+type Sources struct {
+	File     string                           // path; "" reads no file
+	Optional bool                             // File may be absent
+	Env      func(key string) (string, bool)  // such as os.LookupEnv; nil reads no environment; an empty variable counts as not set
+	Flags    func(flag string) (string, bool) // value of a flag that was given; nil: none were
+}
+
+// Load reads the settings. Its error, made with errors.Join, names everything
+// in the sources that cannot be read as a setting, each with its place. It does
+// not judge the values: see Validate.
+func Load(s Sources) (Config, error) {
+	c := Default()
+	var errs []error
+	if s.File != "" {
+		b, err := readFile(s.File)
+		switch {
+		case err == nil:
+			errs = append(errs, c.decode(s.File, b)...)
+		case !s.Optional || !errors.Is(err, fs.ErrNotExist):
+			errs = append(errs, err)
+		}
+	}
+	for _, f := range Fields() {
+		if s.Env != nil {
+			if v, ok := s.Env(f.Env); ok && v != "" {
+				errs = append(errs, prefixed("environment variable "+f.Env, f.Set(&c, v)))
+			}
+		}
+		if s.Flags != nil && f.Flag != "" {
+			if v, ok := s.Flags(f.Flag); ok {
+				errs = append(errs, prefixed("flag --"+f.Flag, f.Set(&c, v)))
+			}
+		}
+	}
+	return c, errors.Join(errs...)
+}
+
+func prefixed(where string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", where, err)
+}
+
+func readFile(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close() //nolint:errcheck // opened for reading: nothing can be lost
+	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(b) > maxFile {
+		return nil, fmt.Errorf("%s: more than %d bytes: this is no configuration file", path, maxFile)
+	}
+	return b, nil
+}
+
+// decode applies the file's settings to c. The TOML decoder stops at the first
+// value of a wrong type; an operator wants to hear of all of them. So it is
+// asked twice: once for the bare values, and once, strictly, into tables that
+// have no fields, so that it reports every key there is with its position.
+func (c *Config) decode(name string, doc []byte) []error {
+	var values map[string]any
+	if err := toml.Unmarshal(doc, &values); err != nil {
+		return []error{locate(name, err)}
+	}
+	err := toml.NewDecoder(bytes.NewReader(doc)).DisallowUnknownFields().Decode(bareTables())
+	if err == nil {
+		return nil
+	}
+	var keys *toml.StrictMissingError
+	if !errors.As(err, &keys) {
+		var at *toml.DecodeError
+		if errors.As(err, &at) { // a table is given a value
+			row, col := at.Position()
+			key := strings.Join(at.Key(), ".")
+			err = fmt.Errorf("%s:%d:%d: %s: must be a table, written [%s], not %s", name, row, col, key, key, kindOf(lookup(values, key)))
+		}
+		return []error{err}
+	}
+	var errs []error
+	done := map[string]bool{}
+	for _, k := range keys.Errors {
+		row, col := k.Position()
+		where := fmt.Sprintf("%s:%d:%d", name, row, col)
+		f, ok := fieldFor(k.Key())
+		if !ok {
+			errs = append(errs, fmt.Errorf("%s: unknown key %s%s", where, strings.Join(k.Key(), "."), suggestion(k.Key())))
+			continue
+		}
+		if !done[f.Key] { // labels written as a table are reported once per label
+			done[f.Key] = true
+			errs = append(errs, prefixed(where+": "+f.Key, f.setTOML(c, lookup(values, f.Key))))
+		}
+	}
+	return errs
+}
+
+// bareTables returns a pointer to a struct with Config's tables and no fields.
+func bareTables() any {
+	var tables []reflect.StructField
+	for sf := range reflect.TypeFor[Config]().Fields() {
+		if sf.Type.Kind() == reflect.Struct {
+			tables = append(tables, reflect.StructField{Name: sf.Name, Tag: sf.Tag, Type: reflect.TypeFor[struct{}]()})
+		}
+	}
+	return reflect.New(reflect.StructOf(tables)).Interface()
+}
+
+func locate(name string, err error) error {
+	var at *toml.DecodeError
+	if !errors.As(err, &at) {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	row, col := at.Position()
+	return fmt.Errorf("%s:%d:%d: %w", name, row, col, err)
+}
+
+// fieldFor finds the setting that a key of the file belongs to: of that name,
+// or a label within it.
+func fieldFor(key toml.Key) (Field, bool) {
+	name := strings.Join(key, ".")
+	for _, f := range Fields() {
+		if name == f.Key || strings.HasPrefix(name, f.Key+".") && f.Key == "cluster.labels" {
+			return f, true
+		}
+	}
+	return Field{}, false
+}
+
+func lookup(values map[string]any, key string) any {
+	table, name, ok := strings.Cut(key, ".")
+	if !ok {
+		return values[key]
+	}
+	if t, ok := values[table].(map[string]any); ok {
+		return t[name]
+	}
+	return nil
+}
+
+// suggestion names what was probably meant by an unknown key: the same key in
+// another table, or else the key or table that is a few letters away.
+func suggestion(key toml.Key) string {
+	full, last := strings.Join(key, "."), key[len(key)-1]
+	if len(full) > 128 { // the distance costs the product of both lengths
+		return ""
+	}
+	best, least := "", len(last)/3+2
+	try := func(known string) bool {
+		name := known[strings.LastIndexByte(known, '.')+1:]
+		d := min(levenshtein.ComputeDistance(full, known), 1+levenshtein.ComputeDistance(last, name))
+		if name == last {
+			d = 0
+		}
+		if d < least {
+			best, least = known, d
+		}
+		return d == 0
+	}
+	for _, f := range Fields() {
+		table, _, nested := strings.Cut(f.Key, ".")
+		if try(f.Key) || nested && try(table) {
+			break
+		}
+	}
+	if best == "" {
+		return "; 'imagewolf config default' prints every key there is"
+	}
+	return fmt.Sprintf(" (did you mean %s?)", best)
+}

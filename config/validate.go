@@ -1,0 +1,258 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	maxSocketPath = 107       // sun_path holds 108 bytes with the final zero
+	minRate       = 256 << 10 // below, a single request of a peer takes seconds
+	maxJoin       = 256
+	maxLabels     = 256 // bytes in all: labels travel in gossip's node metadata, which has 512
+)
+
+var (
+	nodeName   = regexp.MustCompile(`^[A-Za-z0-9._-]{1,253}$`)
+	labelKey   = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$`)
+	labelValue = regexp.MustCompile(`^[A-Za-z0-9._/:-]{0,63}$`)
+)
+
+// problems gathers what is wrong, each as "key: what, and the way out".
+type problems []error
+
+func (p *problems) add(key, format string, args ...any) {
+	*p = append(*p, fmt.Errorf(key+": "+format, args...))
+}
+
+// Validate returns everything that is wrong with the settings, made with
+// errors.Join, each with its key and a way out; nil when a node can run on them.
+// It looks at the files that are named, at nothing else outside.
+func (c Config) Validate() error {
+	var p problems
+	p.paths(c)
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
+		p.add("log_level", "%q is none of debug, info, warn, error", c.LogLevel)
+	}
+	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
+		p.add("log_format", "%q is neither text nor json", c.LogFormat)
+	}
+	p.cluster(c.Cluster)
+	p.identity(c.Cluster)
+	p.rate("swarm.upload_limit", c.Swarm.UploadLimit)
+	p.rate("swarm.download_limit", c.Swarm.DownloadLimit)
+	p.between("swarm.idle_timeout", c.Swarm.IdleTimeout, time.Second, 24*time.Hour)
+	t := c.Tracker
+	p.between("tracker.decide_timeout", t.DecideTimeout, 10*time.Millisecond, 30*time.Second)
+	p.between("tracker.stall_timeout", t.StallTimeout, 100*time.Millisecond, time.Minute)
+	p.between("tracker.max_wait", t.MaxWait, time.Second, 4*time.Minute)
+	if t.DecideTimeout > t.MaxWait {
+		p.add("tracker.decide_timeout", "%s is above tracker.max_wait (%s): lower the one or raise the other", t.DecideTimeout, t.MaxWait)
+	}
+	if t.StallTimeout > t.MaxWait {
+		p.add("tracker.stall_timeout", "%s is above tracker.max_wait (%s): lower the one or raise the other", t.StallTimeout, t.MaxWait)
+	}
+	return errors.Join(p...)
+}
+
+// Warnings returns what is allowed and probably not meant, each with its key.
+func (c Config) Warnings() []string {
+	var out []string
+	if filepath.Base(c.Root) != ContentDir {
+		out = append(out, fmt.Sprintf("root: %s does not end in %s: containerd's builtin store will not find the blobs when ImageWolf is taken off",
+			c.Root, ContentDir))
+	}
+	if c.Cluster.Insecure {
+		out = append(out, "cluster.insecure: anyone on the network can join this cluster, read its images and send it data")
+	}
+	if len(c.Cluster.Join) == 0 {
+		out = append(out, "cluster.join: empty: unless another node joins this one it is alone and pulls everything from the registry")
+	}
+	return out
+}
+
+func (p *problems) paths(c Config) {
+	for _, s := range []struct{ key, path string }{
+		{"root", c.Root}, {"socket", c.Socket}, {"containerd_socket", c.ContainerdSocket},
+	} {
+		switch {
+		case !filepath.IsAbs(s.path):
+			p.add(s.key, "%q is not an absolute path: start it with /", s.path)
+		case strings.HasSuffix(s.key, "socket") && len(s.path) > maxSocketPath:
+			p.add(s.key, "%d bytes are too many for a unix socket: choose a path of at most %d", len(s.path), maxSocketPath)
+		}
+	}
+	if c.Socket != "" && filepath.Clean(c.Socket) == filepath.Clean(c.ContainerdSocket) {
+		p.add("socket", "is the same as containerd_socket: ImageWolf needs a socket of its own")
+	}
+}
+
+func (p *problems) cluster(c Cluster) {
+	if c.Name != "" && !nodeName.MatchString(c.Name) {
+		p.add("cluster.name", "%q: use letters, digits, '.', '-' and '_', at most 253", c.Name)
+	}
+	p.listen("cluster.gossip_address", c.GossipAddress)
+	p.listen("cluster.data_address", c.DataAddress)
+	if c.GossipAddress == c.DataAddress && !strings.HasSuffix(c.DataAddress, ":0") {
+		p.add("cluster.data_address", "is the same as cluster.gossip_address: both listen on tcp, give them different ports")
+	}
+	if a := c.AdvertiseAddress; a != "" {
+		if ip, err := netip.ParseAddr(a); err == nil && ip.IsUnspecified() {
+			p.add("cluster.advertise_address", "%s is every address and none: name one that other nodes can reach, or leave it empty", a)
+		} else if err != nil && !isHost(a) {
+			p.add("cluster.advertise_address", "%q is no IP address and no name: write one of them, without a port", a)
+		}
+	}
+	if len(c.Join) > maxJoin {
+		p.add("cluster.join", "%d entries, at most %d: a few suffice, or one DNS name with many records", len(c.Join), maxJoin)
+	}
+	for i, j := range c.Join {
+		if err := checkPeer(j); err != nil {
+			p.add(fmt.Sprintf("cluster.join[%d]", i), "%q: %w", j, err)
+		}
+	}
+	p.labels(c.Labels)
+}
+
+func (p *problems) labels(labels map[string]string) {
+	total := 0
+	for k, v := range labels {
+		total += len(k) + len(v)
+		if !labelKey.MatchString(k) {
+			p.add("cluster.labels", "key %q: use letters, digits, '.', '-', '_' and '/', at most 63, beginning and ending with a letter or digit", k)
+		}
+		if !labelValue.MatchString(v) {
+			p.add("cluster.labels", "value %q of %s: use letters, digits, '.', '-', '_', '/' and ':', at most 63", v, k)
+		}
+	}
+	if total > maxLabels {
+		p.add("cluster.labels", "%d bytes in all, at most %d: labels travel with every gossip message, keep the ones you select by", total, maxLabels)
+	}
+}
+
+// identity checks that there is one way to know the cluster, and only one:
+// settings that contradict each other are refused, not ranked.
+func (p *problems) identity(c Cluster) {
+	files := []struct {
+		key, path string
+		private   bool
+	}{
+		{"cluster.cert_file", c.CertFile, false},
+		{"cluster.key_file", c.KeyFile, true},
+		{"cluster.ca_file", c.CAFile, false},
+		{"cluster.gossip_key_file", c.GossipKeyFile, true},
+		{"cluster.cluster_key_file", c.ClusterKeyFile, true},
+	}
+	var missing []string
+	for _, f := range files[:4] {
+		if f.path == "" {
+			missing = append(missing, f.key)
+		}
+	}
+	hasKey := c.ClusterKey != "" || c.ClusterKeyFile != ""
+	hasCerts := len(missing) < 4
+	switch {
+	case c.ClusterKey != "" && c.ClusterKeyFile != "":
+		p.add("cluster.cluster_key", "given beside cluster.cluster_key_file: keep one of them")
+	case hasKey && hasCerts:
+		p.add("cluster.cluster_key", "given beside certificate files: a cluster has one or the other, remove one")
+	case c.Insecure && (hasKey || hasCerts):
+		p.add("cluster.insecure", "true beside a key or certificates: remove it to use them")
+	case hasCerts && len(missing) > 0:
+		p.add("cluster", "certificates are incomplete: %s missing", strings.Join(missing, ", "))
+	case !hasKey && !hasCerts && !c.Insecure:
+		p.add("cluster", "no identity: set cluster_key_file or IMAGEWOLF_CLUSTER_KEY ('imagewolf cluster-key generate' makes a key), "+
+			"or cert_file, key_file, ca_file and gossip_key_file, or, to try it out where nobody else is, insecure = true")
+	}
+	for _, f := range files {
+		if f.path != "" {
+			p.file(f.key, f.path, f.private)
+		}
+	}
+}
+
+func (p *problems) file(key, path string, private bool) {
+	f, err := os.Open(path)
+	if err != nil {
+		p.add(key, "cannot be read: %w", err)
+		return
+	}
+	defer f.Close() //nolint:errcheck // opened for reading: nothing can be lost
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		p.add(key, "cannot be read: %w", err)
+	case !info.Mode().IsRegular():
+		p.add(key, "%s is not a file", path)
+	case private && info.Mode().Perm()&fs.FileMode(0o007) != 0:
+		p.add(key, "%s is open to every user of the machine (mode %04o): chmod 0600 it, or mount the secret with mode 0400",
+			path, info.Mode().Perm())
+	}
+}
+
+func (p *problems) rate(key string, r Rate) {
+	if r != 0 && r < minRate {
+		p.add(key, "%s is too little to move a piece in time: 0 for no limit, or at least 256KiB/s", r)
+	}
+}
+
+func (p *problems) between(key string, d Duration, low, high time.Duration) {
+	if d.Duration() < low || d.Duration() > high {
+		p.add(key, "%s is out of range: choose %s to %s", d, Duration(low), Duration(high))
+	}
+}
+
+func (p *problems) listen(key, address string) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		p.add(key, "%q is not host:port (IPv6 in brackets, such as [::]:7946)", address)
+		return
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		p.add(key, "%q: the port must be a number from 0 to 65535", address)
+	}
+	if _, err := netip.ParseAddr(host); err != nil && host != "" {
+		p.add(key, "%q: the host must be an IP address of this machine, or empty for every one", address)
+	}
+}
+
+// checkPeer accepts host, host:port and [v6]:port.
+func checkPeer(s string) error {
+	host := s
+	if h, port, err := net.SplitHostPort(s); err == nil {
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return errors.New("the port must be a number from 1 to 65535")
+		}
+		host = h
+	} else if inner, ok := strings.CutPrefix(s, "["); ok {
+		host = strings.TrimSuffix(inner, "]")
+	}
+	if _, err := netip.ParseAddr(host); err != nil && !isHost(host) {
+		return errors.New("write a name or an IP address, with or without :port")
+	}
+	return nil
+}
+
+// isHost tells whether s may be a DNS name.
+func isHost(s string) bool {
+	s = strings.TrimSuffix(s, ".")
+	if s == "" || len(s) > 253 {
+		return false
+	}
+	for label := range strings.SplitSeq(s, ".") {
+		if label == "" || len(label) > 63 || strings.Trim(label, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_") != "" {
+			return false
+		}
+	}
+	return true
+}
