@@ -1,0 +1,261 @@
+// Package node puts the content store, the differ, the swarm, the tracker and
+// the cluster together into one running node, and decides for every blob that
+// containerd wants where it comes from.
+//
+// It does not know how bytes are stored, sent or agreed on: that is the work
+// of the packages it connects. The rule it keeps is that the local store
+// never depends on the cluster: the socket is served before the cluster is
+// joined, and whatever fails in the cluster is tried again beside it.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/imagewolf/imagewolf/cluster"
+	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/plugin/differ"
+	"github.com/imagewolf/imagewolf/plugin/store"
+	"github.com/imagewolf/imagewolf/proxy"
+)
+
+// stackRetry is how long to wait before the cluster's side is started again
+// after it failed, for example because its port is taken.
+const stackRetry = 5 * time.Second
+
+// Node is one running node.
+type Node struct {
+	cfg      config.Config
+	log      *slog.Logger
+	identity *cluster.Identity
+	book     *book
+	store    *store.Store // set by Run before anything else starts
+
+	mu    sync.Mutex
+	stack *stack                  // guarded by mu; nil while the cluster's side is down
+	held  map[digest.Digest]int64 // guarded by mu: every whole blob and its size
+	// sessions holds what ends each blob's session; a blob has one at most.
+	sessions map[digest.Digest]context.CancelFunc // guarded by mu
+}
+
+// New checks what can be checked without touching anything: above all that
+// the node has an identity. It starts nothing.
+func New(cfg config.Config, log *slog.Logger) (*Node, error) {
+	c := &cfg.Cluster
+	if c.Name == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return nil, fmt.Errorf("cluster.name is empty and the host has no name: %w", err)
+		}
+		c.Name = host
+	}
+	key := c.ClusterKey
+	if c.ClusterKeyFile != "" {
+		text, err := os.ReadFile(c.ClusterKeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("cluster.cluster_key_file: %w", err)
+		}
+		key = strings.TrimSpace(string(text))
+	}
+	id, err := cluster.LoadIdentity(cluster.IdentityOptions{
+		ClusterKey: key, CertFile: c.CertFile, KeyFile: c.KeyFile, CAFile: c.CAFile,
+		GossipKeyFile: c.GossipKeyFile, Insecure: c.Insecure, NodeName: c.Name,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &Node{
+		cfg: cfg, log: log, identity: id, book: newBook(),
+		held: map[digest.Digest]int64{}, sessions: map[digest.Digest]context.CancelFunc{},
+	}, nil
+}
+
+// Run serves containerd until ctx ends. It returns an error only where the
+// node cannot serve its containerd: a store that cannot be opened, a socket
+// that cannot be listened on. Nothing that happens in the cluster ends it.
+func (n *Node) Run(ctx context.Context) (err error) {
+	l, err := proxy.Listen(n.cfg.Socket)
+	if err != nil {
+		return err
+	}
+	n.store, err = store.Open(store.Options{
+		Root: n.cfg.Root, SeedQuota: n.cfg.SeedQuota.Bytes(), Filler: n,
+		MaxWait: n.cfg.Tracker.MaxWait.Duration(), Log: n.log,
+	})
+	if err != nil {
+		return errors.Join(err, l.Close())
+	}
+	defer func() { err = errors.Join(err, n.store.Close()) }()
+	srv := proxy.New(proxy.Options{
+		Store: n.store, Log: n.log,
+		Applier: differ.New(differ.Options{
+			Blobs: differ.Dir(n.cfg.Root), ContainerdSocket: n.cfg.ContainerdSocket, Log: n.log,
+		}),
+	})
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return srv.Serve(ctx, l) })
+	g.Go(func() error { return n.store.Run(ctx) })
+	g.Go(func() error { n.runStack(ctx); return nil })
+	n.log.Info("serving containerd", "socket", n.cfg.Socket, "root", n.cfg.Root)
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		n.log.Warn("systemd was not told that the node is ready", "err", err)
+	}
+	err = g.Wait()
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// runStack keeps the cluster's side alive for as long as the node lives.
+func (n *Node) runStack(ctx context.Context) {
+	for ctx.Err() == nil {
+		if err := n.guard(func() error { return n.serveStack(ctx) }); err != nil && ctx.Err() == nil {
+			n.log.Error("the cluster's side ended: pulls go to the registry until it is back",
+				"err", err, "retry", stackRetry)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(stackRetry):
+		}
+	}
+}
+
+// guard turns a panic of f into an error: nothing of the cluster's may take
+// the store down.
+func (n *Node) guard(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v", p)
+		}
+	}()
+	return f()
+}
+
+func (n *Node) serveStack(ctx context.Context) error {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", n.cfg.Cluster.DataAddress)
+	if err != nil {
+		return fmt.Errorf("cluster.data_address: %w", err)
+	}
+	st, err := newStack(n, l)
+	if err != nil {
+		return errors.Join(err, l.Close())
+	}
+	n.mu.Lock()
+	n.stack = st
+	for d, size := range n.held {
+		st.registrar.Add(d, size)
+	}
+	n.mu.Unlock()
+	defer func() {
+		n.mu.Lock()
+		n.stack = nil
+		n.mu.Unlock()
+	}()
+	return st.run(ctx)
+}
+
+// peerName is how a caller's name is proven. Certificates of the user's own
+// need not carry the node's name; those who have one are trusted with it.
+func (n *Node) peerName() func(context.Context) (string, bool) {
+	if n.cfg.Cluster.CertFile != "" {
+		return nil
+	}
+	return cluster.PeerName
+}
+
+// current is the cluster's side as it is now; nil while it is down.
+func (n *Node) current() *stack {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.stack
+}
+
+// Fill implements store.Filler: it gets an ingest from the swarm, or has one
+// client fetch it, and shares it as it grows.
+func (n *Node) Fill(ctx context.Context, in *store.Ingest) {
+	if st := n.current(); st != nil {
+		select {
+		case <-st.company:
+		case <-st.ctx.Done():
+		case <-ctx.Done():
+		}
+		n.session(ctx, st, in.Digest(), func(ctx context.Context) {
+			newSession(n, st, in.Digest(), in.Size(), in).run(ctx)
+		})
+	}
+}
+
+// Added implements store.Filler: the blob is whole here and can be seeded.
+func (n *Node) Added(d digest.Digest, size int64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.held[d] = size
+	if n.stack != nil {
+		n.stack.registrar.Add(d, size)
+	}
+}
+
+// Removed implements store.Filler: the blob cannot be seeded any more.
+func (n *Node) Removed(d digest.Digest) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.held, d)
+	if end := n.sessions[d]; end != nil {
+		end()
+	}
+	if n.stack != nil {
+		n.stack.registrar.Remove(d)
+	}
+}
+
+// session runs f as the one session that a blob has on this node, and does
+// nothing if it has one already. f's context ends with ctx, with the cluster's
+// side, and when the blob is removed.
+func (n *Node) session(ctx context.Context, st *stack, d digest.Digest, f func(ctx context.Context)) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(st.ctx, cancel)()
+	n.mu.Lock()
+	if n.sessions[d] != nil {
+		n.mu.Unlock()
+		return
+	}
+	n.sessions[d] = cancel
+	n.mu.Unlock()
+	defer func() {
+		n.mu.Lock()
+		delete(n.sessions, d)
+		n.mu.Unlock()
+	}()
+	f(ctx)
+}
+
+// seed joins a blob's swarm as a seeder, because a tracker asks for it.
+func (n *Node) seed(ctx context.Context, st *stack, d digest.Digest) {
+	b, err := n.store.OpenBlob(d)
+	if err != nil {
+		n.log.Info("blob cannot be seeded", "digest", d, "err", err)
+		n.Removed(d)
+		return
+	}
+	defer func() {
+		if err := b.Close(); err != nil {
+			n.log.Warn("blob did not close", "digest", d, "err", err)
+		}
+	}()
+	s := newSession(n, st, d, b.Size(), wholeBlob{b})
+	s.recallPieces()
+	s.run(ctx)
+}

@@ -1,0 +1,392 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/imagewolf/imagewolf/cluster"
+	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/plugin/store"
+)
+
+// registry is where blobs come from, and counts what it hands out.
+type registry struct {
+	blob []byte
+	gate func(off int64) // may block before the byte at off is read
+	sent atomic.Int64
+	gets atomic.Int64
+}
+
+func newRegistry(t *testing.T, size int) *registry {
+	t.Helper()
+	r := &registry{blob: make([]byte, size)}
+	if _, err := rand.Read(r.blob); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func (r *registry) desc() ocispec.Descriptor {
+	return ocispec.Descriptor{
+		MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(r.blob), Size: int64(len(r.blob)),
+	}
+}
+
+// reader is one request to the registry, lazily sent like containerd's.
+type reader struct {
+	r    *registry
+	off  int64
+	sent bool
+}
+
+func (r *reader) Seek(off int64, whence int) (int64, error) {
+	if whence != io.SeekStart {
+		return 0, errors.New("only from the start")
+	}
+	r.off = off
+	return off, nil
+}
+
+func (r *reader) Read(p []byte) (int, error) {
+	if !r.sent {
+		r.sent = true
+		r.r.gets.Add(1)
+	}
+	if r.off >= int64(len(r.r.blob)) {
+		return 0, io.EOF
+	}
+	if r.r.gate != nil {
+		r.r.gate(r.off)
+	}
+	n := copy(p[:min(len(p), 64<<10)], r.r.blob[r.off:])
+	r.off += int64(n)
+	r.r.sent.Add(int64(n))
+	return n, nil
+}
+
+// testNode is a node and what plays its containerd.
+type testNode struct {
+	*Node
+	cfg    config.Config
+	client content.Store
+	stop   func()
+}
+
+func testConfig(t *testing.T, name, key, join string) config.Config {
+	t.Helper()
+	dir := t.TempDir()
+	cfg := config.Default()
+	cfg.Root = filepath.Join(dir, "content")
+	cfg.Socket = filepath.Join(dir, "s")
+	cfg.ContainerdSocket = ""
+	cfg.Cluster.Name = name
+	cfg.Cluster.ClusterKey = key
+	cfg.Cluster.GossipAddress = "127.0.0.1:0"
+	cfg.Cluster.DataAddress = "127.0.0.1:0"
+	if join != "" {
+		cfg.Cluster.Join = []string{join}
+	}
+	return cfg
+}
+
+func startNode(t *testing.T, cfg config.Config) *testNode {
+	t.Helper()
+	n, err := New(cfg, testLog(t).With("node", cfg.Cluster.Name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- n.Run(ctx) }()
+	conn, err := grpc.NewClient("unix://"+cfg.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tn := &testNode{Node: n, cfg: cfg, client: contentproxy.NewContentStore(conn)}
+	tn.stop = sync.OnceFunc(func() {
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("%s: %v", cfg.Cluster.Name, err)
+		}
+	})
+	t.Cleanup(tn.stop)
+	return tn
+}
+
+// testLog writes to the test's output for as long as the test runs: gossip
+// may have a last word after it.
+func testLog(t *testing.T) *slog.Logger {
+	var over atomic.Bool
+	t.Cleanup(func() { over.Store(true) })
+	return slog.New(slog.NewTextHandler(writerFunc(func(p []byte) (int, error) {
+		if over.Load() || bytes.Contains(p, []byte("part=torrent")) {
+			return len(p), nil
+		}
+		return t.Output().Write(p)
+	}), &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+type writerFunc func(p []byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// startNodes starts n nodes and waits until all know all.
+func startNodes(t *testing.T, n int) []*testNode {
+	t.Helper()
+	key := cluster.GenerateKey()
+	seed := freeAddress(t)
+	nodes := make([]*testNode, n)
+	for i := range nodes {
+		cfg := testConfig(t, fmt.Sprintf("node%d", i), key, seed)
+		if i == 0 {
+			cfg.Cluster.GossipAddress = seed
+		}
+		nodes[i] = startNode(t, cfg)
+	}
+	for _, tn := range nodes {
+		tn.awaitMembers(t, n)
+	}
+	return nodes
+}
+
+func (tn *testNode) awaitMembers(t *testing.T, n int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if st := tn.current(); st != nil && len(st.cluster.Members()) == n {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("%s does not know %d members", tn.cfg.Cluster.Name, n)
+		case <-tick.C:
+		}
+	}
+}
+
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	return l.Addr().String()
+}
+
+// pull does what containerd does for one blob: open a writer, ask for the
+// status, fetch what is missing, commit.
+func (tn *testNode) pull(ctx context.Context, r *registry, namespace string) error {
+	ctx = namespaces.WithNamespace(ctx, namespace)
+	desc := r.desc()
+	w, err := content.OpenWriter(ctx, tn.client,
+		content.WithRef(namespace+"/1/layer-"+desc.Digest.String()), content.WithDescriptor(ocispec.Descriptor{Size: desc.Size}))
+	if errdefs.IsAlreadyExists(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer func() { _ = w.Close() }()
+	st, err := w.Status()
+	if err != nil {
+		return err
+	}
+	if st.Offset == desc.Size {
+		return ignoreExists(w.Commit(ctx, desc.Size, desc.Digest))
+	}
+	return ignoreExists(content.Copy(ctx, w, &reader{r: r}, desc.Size, desc.Digest))
+}
+
+func ignoreExists(err error) error {
+	if errdefs.IsAlreadyExists(err) {
+		return nil
+	}
+	return err
+}
+
+// check reads the blob back through the socket.
+func (tn *testNode) check(t *testing.T, r *registry) {
+	t.Helper()
+	got, err := content.ReadBlob(namespaces.WithNamespace(t.Context(), "default"), tn.client, r.desc())
+	if err != nil {
+		t.Errorf("%s: %v", tn.cfg.Cluster.Name, err)
+		return
+	}
+	if !bytes.Equal(got, r.blob) {
+		t.Errorf("%s: wrong bytes", tn.cfg.Cluster.Name)
+	}
+}
+
+// pullAll pulls on all nodes at once and checks what they got.
+func pullAll(t *testing.T, nodes []*testNode, r *registry) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, tn := range nodes {
+		wg.Go(func() {
+			if err := tn.pull(ctx, r, "default"); err != nil {
+				t.Errorf("%s: %v", tn.cfg.Cluster.Name, err)
+			}
+		})
+	}
+	wg.Wait()
+	for _, tn := range nodes {
+		tn.check(t, r)
+	}
+}
+
+func wantSent(t *testing.T, r *registry, copies float64) {
+	t.Helper()
+	if got := float64(r.sent.Load()) / float64(len(r.blob)); got > copies {
+		t.Errorf("the registry sent %.3f copies in %d requests, want at most %.3f", got, r.gets.Load(), copies)
+	}
+}
+
+func TestColdPullLeavesTheRegistryOnce(t *testing.T) {
+	for _, size := range []int{1000, 64 << 10, 64<<10 + 1, 20<<20 + 4711} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			nodes := startNodes(t, 5)
+			r := newRegistry(t, size)
+			pullAll(t, nodes, r)
+			wantSent(t, r, 1)
+		})
+	}
+}
+
+func TestWarmPullNeedsNoRegistry(t *testing.T) {
+	nodes := startNodes(t, 4)
+	r := newRegistry(t, 12<<20)
+	pullAll(t, nodes[:1], r)
+	pullAll(t, nodes[1:], r)
+	wantSent(t, r, 1)
+}
+
+func TestSmallWarmPullNeedsNoRegistry(t *testing.T) {
+	nodes := startNodes(t, 3)
+	r := newRegistry(t, 3000)
+	pullAll(t, nodes[:1], r)
+	pullAll(t, nodes[1:], r)
+	wantSent(t, r, 1)
+}
+
+func TestAloneGoesToTheRegistry(t *testing.T) {
+	nodes := startNodes(t, 1)
+	r := newRegistry(t, 5<<20)
+	pullAll(t, nodes, r)
+	wantSent(t, r, 1)
+}
+
+func TestTwoNamespacesShareOneFetch(t *testing.T) {
+	nodes := startNodes(t, 2)
+	r := newRegistry(t, 6<<20)
+	var wg sync.WaitGroup
+	for _, ns := range []string{"one", "two"} {
+		wg.Go(func() {
+			if err := nodes[0].pull(t.Context(), r, ns); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	nodes[0].check(t, r)
+	wantSent(t, r, 1)
+}
+
+// The client that fetches dies in mid-blob: another node goes on from the
+// byte it reached, and the registry sends about one copy in all.
+func TestFetchersClientDies(t *testing.T) {
+	nodes := startNodes(t, 4)
+	r := newRegistry(t, 32<<20)
+	half := make(chan struct{})
+	resume := make(chan struct{})
+	var once sync.Once
+	r.gate = func(off int64) {
+		if off >= 17<<20 {
+			once.Do(func() { close(half) })
+			<-resume
+		}
+	}
+	ctx, kill := context.WithCancel(t.Context())
+	first := make(chan error, 1)
+	go func() { first <- nodes[0].pull(ctx, r, "default") }()
+	<-half
+	var wg sync.WaitGroup
+	for _, tn := range nodes[1:] {
+		wg.Go(func() {
+			if err := tn.pull(t.Context(), r, "default"); err != nil {
+				t.Errorf("%s: %v", tn.cfg.Cluster.Name, err)
+			}
+		})
+	}
+	kill()
+	close(resume)
+	if err := <-first; err == nil {
+		t.Error("the first pull was killed and says it is complete")
+	}
+	wg.Wait()
+	for _, tn := range nodes[1:] {
+		tn.check(t, r)
+	}
+	// The tail of the segment that the dead client had begun is fetched again.
+	wantSent(t, r, 1+float64(4<<20)/float64(len(r.blob)))
+}
+
+// A seeder whose disk lies: the pull is right all the same, from the registry.
+func TestWrongBytesEndAtTheRegistry(t *testing.T) {
+	nodes := startNodes(t, 2)
+	r := newRegistry(t, 9<<20)
+	pullAll(t, nodes[:1], r)
+	corrupt(t, nodes[0], r)
+	nodes[0].stop()
+	nodes[0] = startNode(t, nodes[0].cfg)
+	nodes[0].awaitMembers(t, 2)
+	nodes[1].awaitMembers(t, 2)
+	pullAll(t, nodes[1:], r)
+}
+
+var _ store.Filler = (*Node)(nil)
+
+// corrupt turns a byte of a blob on a node's disk, behind the store's back.
+func corrupt(t *testing.T, tn *testNode, r *registry) {
+	t.Helper()
+	p := filepath.Join(tn.cfg.Root, "blobs", "sha256", r.desc().Digest.Encoded())
+	f, err := os.OpenFile(p, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte{r.blob[5<<20] ^ 1}, 5<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

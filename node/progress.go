@@ -1,0 +1,213 @@
+package node
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	apiv1 "github.com/imagewolf/imagewolf/api/v1"
+)
+
+// look brings everybody up to date with what the content has become: the
+// swarm (new segments), the tracker (status), and the client that waits.
+func (s *session) look(ctx context.Context) {
+	now := time.Now()
+	if s.failed != s.state.Failed {
+		s.bad(ctx)
+	}
+	s.progress(now)
+	s.node.book.fetching(s.digest, s.state.Writing > 0 && !s.state.Whole)
+	s.offer()
+	s.sendInline()
+	s.tell(now)
+	if s.tracker == nil && !s.retryAt.IsZero() && now.After(s.retryAt) {
+		s.join(ctx)
+	}
+	s.patience(now)
+}
+
+// progress notes when the last new byte came and what it was worth.
+func (s *session) progress(now time.Time) {
+	state := s.state
+	if state.Present != s.seen.Present || state.Waiting > 0 && s.seen.Waiting == 0 {
+		s.movedAt, s.usedAt = now, now
+	}
+	if state.Waiting+state.Writing > 0 {
+		s.usedAt = now
+	}
+	if s.blob != nil {
+		stats := s.blob.Stats()
+		s.asLeecher = min(stats.Downloaded, s.size-s.from)
+		if stats.LastActive.After(s.usedAt) {
+			s.usedAt = stats.LastActive
+		}
+	}
+	s.seen = state
+}
+
+// offer has every segment that is whole and not yet told hashed and its
+// torrent made ready. The answers come back through offered.
+func (s *session) offer() {
+	if s.blob == nil || s.stack.alone() {
+		return
+	}
+	n := s.layout.Segments()
+	first := s.firstSegment(n)
+	for k := range n {
+		i := (first + k) % n
+		if s.announced[i] || s.offers.pending[i] {
+			continue
+		}
+		off, length := s.layout.Segment(i)
+		if s.content.Present(off, length) {
+			s.offers.add(i, s.pieces[i])
+		}
+	}
+}
+
+// firstSegment spreads the beginning over the nodes that hold the same whole
+// blob, so that several seeders that still have to hash it do not all begin
+// with the same segment.
+func (s *session) firstSegment(n int) int {
+	if s.from < s.size {
+		return 0
+	}
+	var h uint32
+	for _, c := range []byte(s.stack.cluster.Self().Name + s.digest.String()) {
+		h = h*31 + uint32(c)
+	}
+	return int(h % uint32(n))
+}
+
+// offered takes a segment whose torrent is ready to be asked.
+func (s *session) offered(o offerResult) {
+	delete(s.offers.pending, o.segment)
+	if o.err != nil {
+		s.log.Warn("segment cannot be seeded", "segment", o.segment, "err", o.err)
+		s.announced[o.segment] = true // not told, and not tried in a circle
+		return
+	}
+	s.announced[o.segment] = true
+	s.pieces[o.segment] = o.pieces
+	s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Announce{
+		Announce: &apiv1.Announce{Segment: uint32(o.segment), Pieces: o.pieces},
+	}})
+	if len(s.announced) == s.layout.Segments() && s.state.Whole {
+		s.keepPieces()
+	}
+}
+
+// keepPieces stores the hashes beside the blob, so that seeding it again
+// later needs no reading.
+func (s *session) keepPieces() {
+	var all []byte
+	for i := range s.layout.Segments() {
+		all = append(all, s.pieces[i]...)
+	}
+	if err := s.node.store.SetPieces(s.digest, all); err != nil {
+		s.log.Debug("piece hashes not kept", "err", err)
+	}
+}
+
+// sendInline hands a small blob that this node fetched to the tracker.
+func (s *session) sendInline() {
+	if s.inlineSent || s.size > inlineLimit || !s.state.Whole || s.tracker == nil {
+		return
+	}
+	data := make([]byte, s.size)
+	if _, err := s.content.ReadAt(data, 0); err != nil {
+		s.log.Warn("small blob not read", "err", err)
+		return
+	}
+	s.inlineSent = true
+	s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Inline{Inline: &apiv1.Inline{Data: data}}})
+}
+
+// status is what the tracker should know now.
+func (s *session) status() *apiv1.Status {
+	load, rank := s.node.book.standing(s.digest)
+	return &apiv1.Status{
+		Prefix: s.state.Prefix, Present: s.state.Present,
+		CanFetch: s.state.Waiting > 0, Fetching: s.state.Writing > 0 && !s.state.Whole,
+		Whole: s.state.Whole, Load: load, Rank: rank,
+	}
+}
+
+// tell sends a Status when something but progress has changed, or when
+// progress is due.
+func (s *session) tell(now time.Time) {
+	if s.tracker == nil {
+		return
+	}
+	st := s.status()
+	if proto.Equal(st, s.sent) {
+		return
+	}
+	only := proto.Clone(st).(*apiv1.Status)
+	only.Prefix, only.Present, only.Load, only.Rank = s.sent.GetPrefix(), s.sent.GetPresent(), s.sent.GetLoad(), s.sent.GetRank()
+	if proto.Equal(only, s.sent) && now.Sub(s.sentAt) < statusEvery {
+		return
+	}
+	s.sent, s.sentAt = st, now
+	s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Status{Status: st}})
+}
+
+func (s *session) send(m *apiv1.MemberMessage) {
+	if s.tracker == nil {
+		return
+	}
+	if err := s.tracker.Send(m); err != nil {
+		s.log.Debug("tracker not told", "err", err) // the end of Recv brings a new one
+	}
+}
+
+// patience bounds the wait of a client that sees no new byte: first the
+// tracker is asked again, in the end the client goes to the registry.
+func (s *session) patience(now time.Time) {
+	if s.state.Waiting == 0 || s.state.Writing > 0 || s.state.Whole {
+		return
+	}
+	cfg := s.node.cfg.Tracker
+	still := now.Sub(s.movedAt)
+	if still >= cfg.MaxWait.Duration() {
+		s.log.Info("no byte from the swarm: going to the registry", "waited", still, "prefix", s.state.Prefix)
+		s.movedAt = now
+		s.fetch()
+		return
+	}
+	if still >= cfg.StallTimeout.Duration() && now.Sub(s.askedAt) >= cfg.StallTimeout.Duration() {
+		s.askedAt = now
+		s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Ask{Ask: &apiv1.Ask{}}})
+	}
+}
+
+// bad is called when the assembled bytes did not have the digest. The store
+// has thrown them away; nothing of the swarm is believed about this blob any
+// more, and the registry is asked from 0.
+func (s *session) bad(ctx context.Context) {
+	s.failed = s.state.Failed
+	var sources []string
+	if s.blob != nil {
+		sources = s.stack.names(s.blob.Stats().Sources)
+	}
+	s.log.Error("bytes from the swarm do not have the digest: thrown away, going to the registry", "sources", sources)
+	s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Bad{Bad: &apiv1.Bad{Sources: sources}}})
+	s.ownWay = true
+	s.shut()
+	clear(s.pieces)
+	clear(s.announced)
+	s.from, s.asLeecher = 0, 0
+	if err := s.open(ctx); err != nil {
+		s.log.Warn("blob is not shared", "err", err)
+	}
+	s.fetch()
+}
+
+// done says that nobody needs the session any more.
+func (s *session) done() bool {
+	if s.state.Waiting > 0 || s.state.Writing > 0 && !s.state.Whole {
+		return false
+	}
+	return time.Since(s.usedAt) >= s.node.cfg.Swarm.IdleTimeout.Duration()
+}

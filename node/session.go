@@ -1,0 +1,313 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	apiv1 "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/plugin/store"
+	"github.com/imagewolf/imagewolf/swarm"
+	"github.com/imagewolf/imagewolf/tracker"
+)
+
+const (
+	// inlineLimit is the size, in bytes, up to which a blob travels inside
+	// the tracker's stream instead of as torrents.
+	inlineLimit = tracker.MaxInline
+	// pace is how often, at the most, a session looks at its blob. Every
+	// chunk that arrives is a change; looking at each would cost more than
+	// the transfer.
+	pace = 20 * time.Millisecond
+	// statusEvery is the least time between two Status messages that report
+	// nothing but progress.
+	statusEvery = 200 * time.Millisecond
+	// rejoinEvery is how often a session without a tracker looks for one.
+	rejoinEvery = time.Second
+	// hastyRejoins is how many trackers in a row may end the stream within
+	// rejoinEvery before the session does without one for that long.
+	hastyRejoins = 3
+)
+
+// source is the blob of a session as this node has it: an ingest, or a blob
+// that is already whole.
+type source interface {
+	swarm.Data
+	Watch() (store.State, <-chan struct{})
+	Fetch() bool
+}
+
+// session is this node's membership in one blob's swarm, from the first
+// client that waits for the blob (or the first peer that asks for it) until
+// nobody needs it from here. Its fields belong to the goroutine of run.
+type session struct {
+	node    *Node
+	stack   *stack
+	log     *slog.Logger
+	digest  digest.Digest
+	size    int64
+	layout  swarm.Layout
+	content source
+
+	blob    *swarm.Blob // nil for a blob that travels inline
+	offers  *offers     // nil like blob
+	tracker trackerSession
+	joined  time.Time // when the tracker was last reached
+	retryAt time.Time // when to look for a tracker again; zero while there is one
+	hasty   int       // joins in a row that ended at once
+	resumed bool      // has been a member before
+
+	state      store.State
+	pieces     map[int][]byte // hashes of the segments known so far
+	announced  map[int]bool   // segments whose torrents are ready here and told
+	sent       *apiv1.Status  // the last Status sent
+	sentAt     time.Time
+	inlineSent bool
+	ownWay     bool        // the swarm's bytes were wrong: only the registry is believed from here on
+	seen       store.State // at the look before
+	failed     int         // State.Failed when last looked at
+	movedAt    time.Time   // when the last new byte was seen, or the wait began
+	askedAt    time.Time
+	usedAt     time.Time // when the session was last of use to anyone
+	started    time.Time
+	from       int64 // bytes that were here when the session began
+	asLeecher  int64 // bytes that came while no client wrote: from the swarm
+}
+
+// trackerSession is the part of tracker.Session that a session speaks to.
+type trackerSession interface {
+	Send(m *apiv1.MemberMessage) error
+	Recv() <-chan *apiv1.TrackerMessage
+	Err() error
+	Close()
+}
+
+func newSession(n *Node, st *stack, d digest.Digest, size int64, c source) *session {
+	now := time.Now()
+	return &session{
+		node: n, stack: st, digest: d, size: size, content: c,
+		log:       n.log.With("digest", d, "size", size),
+		layout:    swarm.LayoutOf(size),
+		pieces:    map[int][]byte{},
+		announced: map[int]bool{},
+		movedAt:   now, usedAt: now, started: now,
+	}
+}
+
+// run blocks until the session is of no more use: the blob is whole and
+// nobody has asked for it for the idle timeout, nobody waits for it any
+// longer, or ctx ends. Afterwards nothing reads or writes the content.
+func (s *session) run(ctx context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer s.leave()
+	state, changed := s.content.Watch()
+	s.state, s.from, s.failed = state, state.Present, state.Failed
+	s.node.book.enter(s.digest)
+	defer s.node.book.leave(s.digest)
+	if err := s.open(ctx); err != nil {
+		s.log.Warn("blob cannot be shared: going to the registry", "err", err)
+		return
+	}
+	s.join(ctx)
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		s.look(ctx)
+		if s.done() {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case m, ok := <-s.messages():
+			if !ok {
+				s.lost(ctx)
+				continue
+			}
+			s.handle(m)
+			continue
+		case o := <-s.offers.results():
+			s.offered(o)
+			continue
+		case <-tick.C:
+		case <-changed:
+			// Give more changes time to come, then see them all at once.
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(pace):
+			}
+		}
+		s.state, changed = s.content.Watch()
+	}
+}
+
+// open makes the blob's torrents possible. Small blobs need none.
+func (s *session) open(ctx context.Context) error {
+	if s.size <= inlineLimit {
+		return nil
+	}
+	b, err := s.stack.swarm.Open(s.digest, s.size, s.content)
+	if err != nil {
+		return fmt.Errorf("open torrents of %s: %w", s.digest, err)
+	}
+	s.blob = b
+	s.offers = newOffers(ctx, b)
+	return nil
+}
+
+// leave ends the membership and drops the torrents.
+func (s *session) leave() {
+	if s.tracker != nil {
+		s.tracker.Close()
+	}
+	s.shut()
+	s.report()
+}
+
+// shut drops the torrents and waits until nothing touches the content.
+func (s *session) shut() {
+	if s.blob == nil {
+		return
+	}
+	s.offers.stop()
+	if err := s.blob.Close(); err != nil {
+		s.log.Warn("torrents did not close", "err", err)
+	}
+	s.blob, s.offers = nil, nil
+}
+
+// report says once, at the end, where a blob came from.
+func (s *session) report() {
+	if !s.state.Whole || s.from == s.size {
+		return
+	}
+	s.log.Info("blob is here", "peer_bytes", s.asLeecher,
+		"registry_bytes", s.size-s.from-s.asLeecher, "seconds", time.Since(s.started).Seconds())
+}
+
+func (s *session) messages() <-chan *apiv1.TrackerMessage {
+	if s.tracker == nil {
+		return nil
+	}
+	return s.tracker.Recv()
+}
+
+// join looks for the blob's tracker for at most the decide timeout. Without
+// one, a client that waits is sent to the registry at once.
+func (s *session) join(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, s.node.cfg.Tracker.DecideTimeout.Duration())
+	defer cancel()
+	self := s.stack.cluster.Self()
+	s.sent = s.status()
+	hello := &apiv1.Hello{
+		Digest: s.digest.String(), Size: s.size, Zone: self.Zone(), Status: s.sent, Resumed: s.resumed,
+		Self: &apiv1.Peer{Name: self.Name, Address: self.Address},
+	}
+	for i := range s.announced {
+		hello.Announced = append(hello.Announced, &apiv1.Announce{Segment: uint32(i), Pieces: s.pieces[i]})
+	}
+	ts, err := s.stack.tracker.Join(ctx, hello)
+	if err != nil {
+		s.log.Info("no tracker: going to the registry", "err", err)
+		s.retryAt = time.Now().Add(rejoinEvery)
+		s.fetch()
+		return
+	}
+	s.tracker, s.retryAt, s.sentAt, s.resumed = ts, time.Time{}, time.Now(), true
+	s.joined = s.sentAt
+	s.inlineSent = false
+}
+
+// lost is called when the tracker has gone: the next in the order takes over.
+func (s *session) lost(ctx context.Context) {
+	err := s.tracker.Err()
+	s.tracker.Close()
+	s.tracker = nil
+	// Trackers that end the stream at once must not be asked in a circle.
+	if s.hasty++; time.Since(s.joined) >= rejoinEvery || errors.Is(err, tracker.ErrMoved) {
+		s.hasty = 0
+	}
+	if s.hasty > hastyRejoins {
+		s.retryAt = time.Now().Add(rejoinEvery)
+		s.fetch()
+		return
+	}
+	s.join(ctx)
+}
+
+// fetch sends one waiting client to the registry, if there is one and none of
+// this node's is on its way there already.
+func (s *session) fetch() {
+	if s.state, _ = s.content.Watch(); s.state.Whole || s.state.Writing > 0 {
+		return
+	}
+	s.content.Fetch()
+	s.state, _ = s.content.Watch()
+}
+
+// handle does what the tracker says.
+func (s *session) handle(m *apiv1.TrackerMessage) {
+	s.node.book.decided(s.digest)
+	s.log.Debug("tracker says", "message", m, "prefix", s.state.Prefix)
+	switch m := m.GetMessage().(type) {
+	case *apiv1.TrackerMessage_Wait:
+	case *apiv1.TrackerMessage_Fetch:
+		// More than one client may be sent: the tracker hedges.
+		s.content.Fetch()
+		s.state, _ = s.content.Watch()
+	case *apiv1.TrackerMessage_Inline:
+		s.inline(m.Inline.GetData())
+	case *apiv1.TrackerMessage_Segment:
+		s.segment(m.Segment)
+	}
+}
+
+// inline takes a small blob as it came through the tracker. Its digest is
+// checked by the store like any other's.
+func (s *session) inline(data []byte) {
+	if s.ownWay || s.state.Whole || int64(len(data)) != s.size || s.size > inlineLimit {
+		return
+	}
+	if _, err := s.content.WriteAt(data, 0); err != nil {
+		s.log.Warn("inline blob not written", "err", err)
+		return
+	}
+	if err := s.content.MarkPresent(0, s.size); err != nil {
+		s.log.Warn("inline blob not taken", "err", err)
+	}
+	s.inlineSent = true // whoever sent it has told the tracker already
+}
+
+// segment starts or widens the download of one segment.
+func (s *session) segment(m *apiv1.Segment) {
+	i := int(m.GetSegment())
+	if s.ownWay || s.blob == nil || i < 0 || i >= s.layout.Segments() || s.announced[i] {
+		return
+	}
+	if p := m.GetPieces(); len(p) > 0 && s.pieces[i] == nil {
+		s.pieces[i] = p
+	}
+	if s.pieces[i] == nil || s.passive() {
+		return
+	}
+	peers := make([]string, 0, len(m.GetPeers()))
+	for _, p := range m.GetPeers() {
+		peers = append(peers, p.GetAddress())
+	}
+	if err := s.blob.Leech(i, s.pieces[i], peers); err != nil {
+		s.log.Warn("segment refused", "segment", i, "err", err)
+		delete(s.pieces, i)
+	}
+}
+
+// passive says that no client here wants the blob: what is here is seeded,
+// nothing more is asked for.
+func (s *session) passive() bool {
+	return !s.state.Whole && s.state.Waiting == 0 && s.state.Writing == 0
+}

@@ -1,0 +1,173 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"github.com/imagewolf/imagewolf/cluster"
+	"github.com/imagewolf/imagewolf/swarm"
+	"github.com/imagewolf/imagewolf/tracker"
+)
+
+// companyGrace is how long pulls are held after the start for other members to
+// be found. A fleet that starts at once would otherwise ask the registry once
+// per node: every one of them is alone in its first second.
+const companyGrace = 2 * time.Second
+
+// stack is the cluster's side of a node: membership, the data port, the
+// swarm, and both halves of the tracker. It lives and dies as one.
+type stack struct {
+	node      *Node
+	cluster   *cluster.Cluster
+	port      *cluster.DataPort
+	swarm     *swarm.Swarm
+	server    *tracker.Server
+	tracker   *tracker.Client
+	registrar *tracker.Registrar
+	seeds     sync.WaitGroup  // sessions that serve started
+	company   chan struct{}   // closed when members have been found, or nobody is to be waited for
+	ctx       context.Context // ends with run; for the sessions, which belong to the store
+	cancel    context.CancelFunc
+}
+
+// newStack builds the cluster's side on the data port's listener. It starts
+// nothing.
+func newStack(n *Node, l net.Listener) (*stack, error) {
+	cfg := n.cfg
+	st := &stack{node: n, company: make(chan struct{}), port: cluster.NewDataPort(l, n.identity, n.log)}
+	st.ctx, st.cancel = context.WithCancel(context.Background())
+	c, err := cluster.New(cluster.Options{
+		Identity: n.identity, Name: cfg.Cluster.Name, BindAddr: cfg.Cluster.GossipAddress,
+		AdvertiseAddr: cfg.Cluster.AdvertiseAddress, DataAddress: l.Addr().String(),
+		Labels: cfg.Cluster.Labels, Join: cfg.Cluster.Join, Log: n.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	st.cluster = c
+	st.swarm = swarm.New(swarm.Options{
+		ClusterID: n.identity.ClusterID(), Listener: st.port.BitTorrent(),
+		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+			return n.identity.Dial(ctx, addr, cluster.ProtoBitTorrent)
+		},
+		UploadLimit: cfg.Swarm.UploadLimit.Bytes(), DownloadLimit: cfg.Swarm.DownloadLimit.Bytes(), Log: n.log,
+	})
+	st.server = tracker.NewServer(tracker.ServerOptions{
+		StallTimeout: cfg.Tracker.StallTimeout.Duration(),
+		Members:      func() int { return len(c.Members()) },
+		Layout: func(size int64) tracker.Layout {
+			l := swarm.LayoutOf(size)
+			return tracker.Layout{Segments: l.Segments(), SegmentSize: l.SegmentSize, Pieces: l.Pieces}
+		},
+		PeerName: n.peerName(), Log: n.log,
+	})
+	st.tracker = tracker.NewClient(tracker.ClientOptions{
+		Self: peer(c.Self()), Zone: c.Self().Zone(), Log: n.log,
+		Dial: func(_ context.Context, addr string) (*grpc.ClientConn, error) {
+			return grpc.NewClient("passthrough:///"+addr, n.identity.GRPCDialOptions()...)
+		},
+		Trackers: func(d digest.Digest) []tracker.Peer { return peers(c.Trackers(d)) },
+	})
+	st.registrar = tracker.NewRegistrar(st.tracker, func(d digest.Digest) {
+		st.seeds.Go(func() {
+			err := n.guard(func() error {
+				n.session(st.ctx, st, d, func(ctx context.Context) { n.seed(ctx, st, d) })
+				return nil
+			})
+			if err != nil {
+				n.log.Error("seeding failed", "digest", d, "err", err)
+			}
+		})
+	})
+	return st, nil
+}
+
+// run blocks until ctx ends or a part fails, and leaves nothing running.
+func (st *stack) run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	srv := grpc.NewServer(grpc.Creds(st.node.identity.ServerCredentials()))
+	st.server.Register(srv)
+	g.Go(func() error { return named("data port", st.port.Run(ctx)) })
+	g.Go(func() error { return named("gossip", st.cluster.Run(ctx)) })
+	g.Go(func() error { return named("swarm", st.swarm.Run(ctx)) })
+	g.Go(func() error { return named("tracker", st.server.Run(ctx)) })
+	g.Go(func() error { return named("registrar", st.registrar.Run(ctx)) })
+	g.Go(func() error { return named("grpc", srv.Serve(st.port.GRPC())) })
+	g.Go(func() error { st.follow(ctx); return nil })
+	g.Go(func() error {
+		<-ctx.Done()
+		st.cancel() // sessions end first: they hold torrents and streams
+		st.seeds.Wait()
+		srv.Stop()
+		return nil
+	})
+	return errors.Join(g.Wait(), st.tracker.Close())
+}
+
+// follow tells the tracker's clients when the cluster's members have changed,
+// and with them who tracks which blob.
+func (st *stack) follow(ctx context.Context) {
+	warmer := tracker.NewWarmer(st.tracker)
+	defer warmer.Close()
+	meet := sync.OnceFunc(func() { close(st.company) })
+	defer time.AfterFunc(companyGrace, meet).Stop()
+	for {
+		changed := st.cluster.Changed()
+		var addresses []string
+		for _, m := range st.cluster.TrackerNodes() {
+			addresses = append(addresses, m.Address)
+		}
+		warmer.Keep(ctx, addresses)
+		if !st.alone() || len(st.node.cfg.Cluster.Join) == 0 {
+			meet()
+		}
+		st.registrar.TrackersChanged()
+		st.tracker.TrackersChanged()
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		}
+	}
+}
+
+// alone says that there is nobody to share with.
+func (st *stack) alone() bool { return len(st.cluster.Members()) < 2 }
+
+// names returns the members' names for the sources of a blob, which the swarm
+// names by data port address or, where it knows no address, by name.
+func (st *stack) names(sources map[string]int64) []string {
+	var names []string
+	for _, m := range st.cluster.Members() {
+		if sources[m.Address] > 0 || sources[m.Name] > 0 {
+			names = append(names, m.Name)
+		}
+	}
+	return names
+}
+
+func peer(m cluster.Member) tracker.Peer { return tracker.Peer{Name: m.Name, Address: m.Address} }
+
+func peers(ms []cluster.Member) []tracker.Peer {
+	out := make([]tracker.Peer, len(ms))
+	for i, m := range ms {
+		out[i] = peer(m)
+	}
+	return out
+}
+
+// named says which part an error came from.
+func named(part string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", part, err)
+}
