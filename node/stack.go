@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
 
 	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/swarm"
@@ -21,6 +22,13 @@ import (
 // be found. A fleet that starts at once would otherwise ask the registry once
 // per node: every one of them is alone in its first second.
 const companyGrace = 2 * time.Second
+
+// A node that vanishes without a word is noticed on its streams after at most
+// pingEvery and pingTimeout. gRPC allows no shorter pings from clients.
+const (
+	pingEvery   = 10 * time.Second
+	pingTimeout = 3 * time.Second
+)
 
 // stack is the cluster's side of a node: membership, the data port, the
 // swarm, and both halves of the tracker. It lives and dies as one.
@@ -72,7 +80,10 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 	st.tracker = tracker.NewClient(tracker.ClientOptions{
 		Self: peer(c.Self()), Zone: c.Self().Zone(), Log: n.log,
 		Dial: func(_ context.Context, addr string) (*grpc.ClientConn, error) {
-			return grpc.NewClient("passthrough:///"+addr, n.identity.GRPCDialOptions()...)
+			return grpc.NewClient("passthrough:///"+addr,
+				append(n.identity.GRPCDialOptions(), grpc.WithKeepaliveParams(keepalive.ClientParameters{
+					Time: pingEvery, Timeout: pingTimeout, PermitWithoutStream: true,
+				}))...)
 		},
 		Trackers: func(d digest.Digest) []tracker.Peer { return peers(c.Trackers(d)) },
 	})
@@ -93,7 +104,11 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 // run blocks until ctx ends or a part fails, and leaves nothing running.
 func (st *stack) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	srv := grpc.NewServer(grpc.Creds(st.node.identity.ServerCredentials()))
+	srv := grpc.NewServer(
+		grpc.Creds(st.node.identity.ServerCredentials()),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingEvery / 2, PermitWithoutStream: true}),
+	)
 	st.server.Register(srv)
 	g.Go(func() error { return named("data port", st.port.Run(ctx)) })
 	g.Go(func() error { return named("gossip", st.cluster.Run(ctx)) })
