@@ -70,7 +70,7 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 	}
 	id, err := cluster.LoadIdentity(cluster.IdentityOptions{
 		ClusterKey: key, CertFile: c.CertFile, KeyFile: c.KeyFile, CAFile: c.CAFile,
-		GossipKeyFile: c.GossipKeyFile, Insecure: c.Insecure, NodeName: c.Name,
+		GossipKeyFile: c.GossipKeyFile, Insecure: c.Insecure, NodeName: c.Name, Log: log,
 	})
 	if err != nil {
 		return nil, err

@@ -100,6 +100,9 @@ func testConfig(t *testing.T, name, key, join string) config.Config {
 	cfg.Root = filepath.Join(dir, "content")
 	cfg.Socket = filepath.Join(dir, "s")
 	cfg.ContainerdSocket = ""
+	// Many nodes share few processors here, so that nobody answers in time.
+	cfg.Tracker.DecideTimeout = config.Duration(10 * time.Second)
+	cfg.Tracker.StallTimeout = config.Duration(5 * time.Second)
 	cfg.Cluster.Name = name
 	cfg.Cluster.ClusterKey = key
 	cfg.Cluster.GossipAddress = "127.0.0.1:0"

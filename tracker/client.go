@@ -194,10 +194,12 @@ func refused(err error) bool {
 
 // try joins at one tracker, within its share of the time: half of what is
 // left while there are others to try, so that one that swallows packets does
-// not use up all of it.
+// not use up all of it. One that is connected has all of it: it is alive, if
+// slow, and a member that goes to another tracker meanwhile finds nobody there
+// and is sent to the registry beside the fetcher.
 func (c *Client) try(ctx context.Context, t Peer, hello *api.Hello, others int) (*Session, error) {
 	limit := maxAttempt
-	if deadline, ok := ctx.Deadline(); ok && others > 0 {
+	if deadline, ok := ctx.Deadline(); ok && others > 0 && !c.conns.ready(t.Address) {
 		limit = min(limit, max(time.Until(deadline)/2, minAttempt))
 	}
 	first, cancel := context.WithTimeout(ctx, limit)
@@ -317,6 +319,14 @@ func (c *conns) get(ctx context.Context, addr string) (*grpc.ClientConn, func(),
 		k.idle = nil
 	}
 	return k.cc, sync.OnceFunc(func() { c.put(addr, k) }), nil
+}
+
+// ready says whether there is a connection to addr that works.
+func (c *conns) ready(addr string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	k := c.byAddr[addr]
+	return k != nil && k.cc.GetState() == connectivity.Ready
 }
 
 func (c *conns) put(addr string, k *conn) {

@@ -1,0 +1,35 @@
+package node
+
+import (
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+)
+
+func TestBookStanding(t *testing.T) {
+	a, b, c := digest.FromString("a"), digest.FromString("b"), digest.FromString("c")
+	book := newBook()
+	want := func(d digest.Digest, load, rank uint32) {
+		t.Helper()
+		if l, r := book.standing(d); l != load || r != rank {
+			t.Errorf("standing is load %d, rank %d; want %d, %d", l, r, load, rank)
+		}
+	}
+	book.enter(a)
+	book.enter(b)
+	book.enter(c)
+	want(a, 0, 0)
+	want(b, 0, 1)
+	want(c, 0, 2) // two asked for before it, nobody knows yet who fetches them
+	book.decided(a)
+	want(c, 0, 1)
+	book.fetching(a, true)
+	want(b, 1, 1)
+	want(a, 0, 0)
+	book.fetching(a, false)
+	want(b, 0, 0)
+	book.leave(b)
+	want(c, 0, 0)
+	book.enter(b) // asks again, so stands behind c
+	want(b, 0, 1)
+}
