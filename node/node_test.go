@@ -361,6 +361,13 @@ func TestFetchersClientDies(t *testing.T) {
 	}
 	// The tail of the segment that the dead client had begun is fetched again.
 	wantSent(t, r, 1+float64(4<<20)/float64(len(r.blob)))
+
+	// The first node comes back for what the others have by now.
+	before := r.sent.Load()
+	pullAll(t, nodes[:1], r)
+	if got := r.sent.Load() - before; got != 0 {
+		t.Errorf("the registry sent %d bytes to a node whose peers have the blob", got)
+	}
 }
 
 // A seeder whose disk lies: the pull is right all the same, from the registry.

@@ -18,6 +18,7 @@ func (s *session) look(ctx context.Context) {
 	}
 	s.progress(now)
 	s.node.book.fetching(s.digest, s.state.Writing > 0 && !s.state.Whole)
+	s.resume()
 	s.offer()
 	s.sendInline()
 	s.tell(now)
@@ -196,6 +197,7 @@ func (s *session) bad(ctx context.Context) {
 	s.ownWay = true
 	s.shut()
 	clear(s.pieces)
+	clear(s.peers)
 	clear(s.announced)
 	s.from, s.asLeecher = 0, 0
 	if err := s.open(ctx); err != nil {

@@ -62,9 +62,10 @@ type session struct {
 	resumed bool      // has been a member before
 
 	state      store.State
-	pieces     map[int][]byte // hashes of the segments known so far
-	announced  map[int]bool   // segments whose torrents are ready here and told
-	sent       *apiv1.Status  // the last Status sent
+	pieces     map[int][]byte   // hashes of the segments known so far
+	peers      map[int][]string // of segments that nobody here has wanted yet
+	announced  map[int]bool     // segments whose torrents are ready here and told
+	sent       *apiv1.Status    // the last Status sent
 	sentAt     time.Time
 	inlineSent bool
 	ownWay     bool        // the swarm's bytes were wrong: only the registry is believed from here on
@@ -93,6 +94,7 @@ func newSession(n *Node, st *stack, d digest.Digest, size int64, c source) *sess
 		log:       n.log.With("digest", d, "size", size),
 		layout:    swarm.LayoutOf(size),
 		pieces:    map[int][]byte{},
+		peers:     map[int][]string{},
 		announced: map[int]bool{},
 		movedAt:   now, usedAt: now, started: now,
 	}
@@ -293,16 +295,35 @@ func (s *session) segment(m *apiv1.Segment) {
 	if p := m.GetPieces(); len(p) > 0 && s.pieces[i] == nil {
 		s.pieces[i] = p
 	}
-	if s.pieces[i] == nil || s.passive() {
+	if s.pieces[i] == nil {
 		return
 	}
-	peers := make([]string, 0, len(m.GetPeers()))
 	for _, p := range m.GetPeers() {
-		peers = append(peers, p.GetAddress())
+		s.peers[i] = append(s.peers[i], p.GetAddress())
 	}
-	if err := s.blob.Leech(i, s.pieces[i], peers); err != nil {
+	if !s.passive() {
+		s.leech(i)
+	}
+}
+
+// leech takes a segment from the peers that are known to have it, or to be
+// about to. Peers are told once, so those told while nobody here wanted the
+// blob are kept until somebody does.
+func (s *session) leech(i int) {
+	if err := s.blob.Leech(i, s.pieces[i], s.peers[i]); err != nil {
 		s.log.Warn("segment refused", "segment", i, "err", err)
 		delete(s.pieces, i)
+	}
+	delete(s.peers, i)
+}
+
+// resume takes up what was told while nobody here wanted the blob.
+func (s *session) resume() {
+	if s.passive() {
+		return
+	}
+	for i := range s.peers {
+		s.leech(i)
 	}
 }
 
