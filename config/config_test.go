@@ -247,8 +247,12 @@ func FuzzLoad(f *testing.F) {
 		}
 		// Whatever was read must be judged without a panic, and no number may
 		// have come out negative.
-		_ = c.Validate()
-		_ = c.Warnings()
+		for _, e := range complaints(c.Validate()) {
+			if !strings.Contains(e, ": ") {
+				t.Errorf("complaint without its key: %q", e)
+			}
+		}
+		c.Warnings()
 		if c.SeedQuota < 0 || c.Swarm.UploadLimit < 0 || c.Swarm.DownloadLimit < 0 ||
 			c.Swarm.IdleTimeout < 0 || c.Tracker.MaxWait < 0 {
 			t.Errorf("negative: %+v", c)

@@ -1,0 +1,26 @@
+# syntax=docker/dockerfile:1
+# One static binary and nothing else. Build for several platforms at once:
+#   docker buildx build --platform linux/amd64,linux/arm64,linux/arm/v7 .
+# The build runs on the builder's own platform and cross-compiles.
+FROM --platform=$BUILDPLATFORM golang:1.26 AS build
+WORKDIR /src
+COPY go.mod go.sum ./
+RUN go mod download
+COPY . .
+ARG TARGETOS TARGETARCH TARGETVARIANT VERSION=unknown COMMIT=unknown
+RUN GOOS=$TARGETOS GOARCH=$TARGETARCH GOARM=${TARGETVARIANT#v} CGO_ENABLED=0 \
+    go build -trimpath -buildvcs=false \
+      -ldflags "-s -w -X github.com/imagewolf/imagewolf/cmd/imagewolf/command.version=$VERSION -X github.com/imagewolf/imagewolf/cmd/imagewolf/command.commit=$COMMIT" \
+      -o /imagewolf ./cmd/imagewolf
+
+FROM scratch
+LABEL org.opencontainers.image.source="https://github.com/imagewolf/imagewolf" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=build /imagewolf /imagewolf
+COPY LICENSE /LICENSE
+# The daemon writes into containerd's content directory and unpacks layers into
+# its snapshots: it runs as root, with containerd's root, /run/containerd and
+# /run/imagewolf mounted at the same paths as on the host.
+EXPOSE 7946/tcp 7946/udp 7947/tcp
+ENTRYPOINT ["/imagewolf"]
+CMD ["daemon"]

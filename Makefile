@@ -1,0 +1,101 @@
+# Needs Go and git. What else a target needs it gets by itself (.ci/need).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+GO      ?= go
+BIN     := $(CURDIR)/bin
+TOOLS   := $(BIN)/tools
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+PKG     := github.com/imagewolf/imagewolf/cmd/imagewolf/command
+LDFLAGS := -s -w -X $(PKG).version=$(VERSION) -X $(PKG).commit=$(COMMIT)
+BUILD   := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
+
+# How long each fuzz target runs in fuzz-smoke.
+export FUZZTIME ?= 3s
+# More for 'go test', such as TESTFLAGS='-run TestDropIn -v'.
+TESTFLAGS ?=
+
+.PHONY: help
+help: ## say what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
+
+.PHONY: build
+build: ## build bin/imagewolf, static
+	$(BUILD) -o $(BIN)/imagewolf ./cmd/imagewolf
+
+.PHONY: cross
+cross: ## build for linux/amd64, linux/arm64 and linux/arm/v7
+	GOOS=linux GOARCH=amd64 $(BUILD) -o $(BIN)/cross/imagewolf-linux-amd64 ./cmd/imagewolf
+	GOOS=linux GOARCH=arm64 $(BUILD) -o $(BIN)/cross/imagewolf-linux-arm64 ./cmd/imagewolf
+	GOOS=linux GOARCH=arm GOARM=7 $(BUILD) -o $(BIN)/cross/imagewolf-linux-armv7 ./cmd/imagewolf
+
+.PHONY: test
+test: test-unit test-integration ## run every test; as root
+
+.PHONY: test-unit
+test-unit: ## run the unit tests with the race detector
+	@.ci/need gcc
+	CGO_ENABLED=1 $(GO) test -race -timeout 10m $(TESTFLAGS) ./...
+
+.PHONY: test-integration
+test-integration: build containerds ## run the tests against real containerd 2.4.2 and 1.7.35; as root
+	@.ci/need ip runc
+	@[ "$$(id -u)" = 0 ] || { echo "the integration tests mount snapshots: run them as root" >&2; exit 1; }
+	cd integration && $(GO) test -timeout 15m $(TESTFLAGS) ./...
+
+.PHONY: fuzz-smoke
+fuzz-smoke: ## run every fuzz target for FUZZTIME (3s)
+	.ci/fuzz
+
+.PHONY: demo
+demo: build $(BIN)/containerd-2.4.2/containerd ## pull an image on four nodes at once on this machine; as root
+	@[ "$$(id -u)" = 0 ] || { echo "the demo starts containerd: run it as root" >&2; exit 1; }
+	@.ci/need ip runc
+	cd integration && CGO_ENABLED=0 $(GO) build -o $(BIN)/imagewolf-demo ./cmd/imagewolf-demo
+	$(BIN)/imagewolf demo
+
+.PHONY: containerds
+containerds: $(BIN)/containerd-2.4.2/containerd $(BIN)/containerd-1.7.35/containerd ## build the containerds that the tests drive
+
+$(BIN)/containerd-2.4.2/containerd: integration/containerd2/go.mod integration/containerd2/go.sum
+	cd integration/containerd2 && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $(@D)/ tool
+
+$(BIN)/containerd-1.7.35/containerd: integration/containerd17/go.mod integration/containerd17/go.sum
+	cd integration/containerd17 && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $(@D)/ tool
+
+.PHONY: lint
+lint: $(TOOLS)/golangci-lint ## run the linters
+	$(TOOLS)/golangci-lint run
+	cd integration && $(TOOLS)/golangci-lint run --config ../.golangci.yml
+
+$(TOOLS)/golangci-lint: tools/go.mod tools/go.sum
+	cd tools && CGO_ENABLED=0 $(GO) build -o $(TOOLS)/ tool
+
+.PHONY: generate
+generate: ## write the generated files: protobuf and config.toml.example
+	$(MAKE) --no-print-directory generate-into OUT=$(CURDIR)
+
+# The version of protoc stands in a comment of its output; nothing else depends
+# on it, so that comment may differ from machine to machine.
+.PHONY: check-generated
+check-generated: ## fail if a generated file is not what 'make generate' writes
+	@rm -rf $(BIN)/generated && mkdir -p $(BIN)/generated
+	@$(MAKE) --no-print-directory generate-into OUT=$(BIN)/generated
+	@cd $(BIN)/generated && find . -type f | while read -r f; do \
+		diff -u -I '^//.*protoc  *v' "$(CURDIR)/$$f" "$$f" || { echo "$$f is out of date: run 'make generate'" >&2; exit 1; }; done
+	@rm -rf $(BIN)/generated
+
+.PHONY: generate-into
+generate-into:
+	@.ci/need protoc
+	CGO_ENABLED=0 $(GO) build -o $(TOOLS)/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
+	PATH="$(TOOLS):$$PATH" protoc --go_out=$(OUT) --go_opt=paths=source_relative \
+		--go-grpc_out=$(OUT) --go-grpc_opt=paths=source_relative api/v1/*.proto
+	$(GO) run ./cmd/imagewolf config default >$(OUT)/config.toml.example.new
+	mv $(OUT)/config.toml.example.new $(OUT)/config.toml.example
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf $(BIN)

@@ -1,0 +1,206 @@
+package harness
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Process is a daemon that the harness started.
+type Process struct {
+	name string
+	log  string // path of its log
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it has ended and been waited for
+}
+
+// spawner starts every daemon from one OS thread that never ends: the kernel
+// sends Pdeathsig when the starting THREAD ends, and Go ends threads at will.
+var spawner = sync.OnceValue(func() chan func() {
+	c := make(chan func())
+	go func() {
+		runtime.LockOSThread()
+		for f := range c {
+			f()
+		}
+	}()
+	return c
+})
+
+// start runs a daemon in a process group of its own, with its output appended
+// to logPath.
+func (e *Env) start(name, logPath string, env []string, argv ...string) (*Process, error) {
+	out, err := os.OpenFile(logPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("log of %s: %w", name, err)
+	}
+	p := &Process{name: name, log: logPath, cmd: exec.Command(argv[0], argv[1:]...), done: make(chan struct{})}
+	p.cmd.Stdout, p.cmd.Stderr = out, out
+	p.cmd.Env = append(os.Environ(), env...)
+	p.cmd.Dir = filepath.Dir(logPath)
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	spawner() <- func() { started <- p.cmd.Start() }
+	err = <-started
+	// The child has its own copy.
+	if cerr := out.Close(); err == nil && cerr != nil {
+		err = cerr
+	}
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	go func() {
+		_ = p.cmd.Wait() // how it ended is in ProcessState
+		close(p.done)
+	}()
+	if !e.add(p) {
+		p.Kill()
+		return nil, fmt.Errorf("start %s: the environment is closed", name)
+	}
+	return p, nil
+}
+
+// Pid returns the process id.
+func (p *Process) Pid() int { return p.cmd.Process.Pid }
+
+// Running reports whether the process has not ended.
+func (p *Process) Running() bool {
+	if p == nil {
+		return false
+	}
+	select {
+	case <-p.done:
+		return false
+	default:
+		return true
+	}
+}
+
+// Kill ends the process at once, as kill -9 does, and waits for its end.
+func (p *Process) Kill() {
+	if !p.Running() {
+		return
+	}
+	_ = p.cmd.Process.Kill() // only fails when it has ended
+	<-p.done
+}
+
+// Stop asks the process to end, kills it after limit, and reports whether it
+// had to.
+func (p *Process) Stop(limit time.Duration) error {
+	if !p.Running() {
+		return nil
+	}
+	_ = p.cmd.Process.Signal(syscall.SIGTERM) // only fails when it has ended
+	select {
+	case <-p.done:
+		return nil
+	case <-time.After(limit):
+		p.Kill()
+		return fmt.Errorf("%s did not end within %s of SIGTERM", p.name, limit)
+	}
+}
+
+// RSS returns the resident memory of the process, in bytes.
+func (p *Process) RSS() (int64, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Pid()))
+	if err != nil {
+		return 0, fmt.Errorf("memory of %s: %w", p.name, err)
+	}
+	for line := range strings.Lines(string(data)) {
+		var kb int64
+		if n, _ := fmt.Sscanf(line, "VmRSS: %d kB", &kb); n == 1 {
+			return kb << 10, nil
+		}
+	}
+	return 0, fmt.Errorf("memory of %s: %w", p.name, errors.ErrUnsupported)
+}
+
+// Tail returns the last n bytes of a log, and what could not be read instead.
+func Tail(path string, n int64) string {
+	f, err := os.Open(path)
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	if end, err := f.Seek(0, io.SeekEnd); err == nil && end > n {
+		_, _ = f.Seek(end-n, io.SeekStart) // worst case: too much is shown
+	} else {
+		_, _ = f.Seek(0, io.SeekStart)
+	}
+	data, err := io.ReadAll(f)
+	if err != nil {
+		return err.Error()
+	}
+	return string(data)
+}
+
+// run runs a command to its end and returns its standard output; the error
+// holds the end of what it said on both outputs.
+func run(ctx context.Context, stdin io.Reader, env []string, argv ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Env = append(os.Environ(), env...)
+	cmd.Stdin = stdin
+	cmd.WaitDelay = 5 * time.Second
+	// Its own group, so that a ctrl-C is for the harness alone.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	var out, both strings.Builder
+	var mu sync.Mutex
+	cmd.Stdout = &lockedWriter{mu: &mu, w: []io.Writer{&out, &both}}
+	cmd.Stderr = &lockedWriter{mu: &mu, w: []io.Writer{&both}}
+	err := cmd.Run()
+	if err != nil {
+		said := both.String()
+		if len(said) > 2000 {
+			said = "..." + said[len(said)-2000:]
+		}
+		if ctx.Err() != nil {
+			err = errors.Join(err, context.Cause(ctx))
+		}
+		err = fmt.Errorf("%s: %w\n%s", strings.Join(argv[:min(len(argv), 8)], " "), err, said)
+	}
+	return out.String(), err
+}
+
+// lockedWriter writes to several writers; several of them may share one lock.
+type lockedWriter struct {
+	mu *sync.Mutex
+	w  []io.Writer
+}
+
+// Write implements io.Writer.
+func (l *lockedWriter) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, w := range l.w {
+		if _, err := w.Write(b); err != nil {
+			return 0, err
+		}
+	}
+	return len(b), nil
+}
+
+// Poll calls f every interval until it returns nil or ctx ends, and then
+// returns f's last error.
+func Poll(ctx context.Context, interval time.Duration, f func() error) error {
+	for {
+		err := f()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(context.Cause(ctx), err)
+		case <-time.After(interval):
+		}
+	}
+}

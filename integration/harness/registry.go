@@ -1,0 +1,58 @@
+package harness
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log"
+
+	"github.com/distribution/distribution/v3/configuration"
+	"github.com/distribution/distribution/v3/registry/handlers"
+	_ "github.com/distribution/distribution/v3/registry/storage/driver/filesystem" // the storage in use
+	"github.com/sirupsen/logrus"
+)
+
+// Registry is a distribution registry in this process, in plain HTTP on the
+// loopback interface, that keeps its images below an Env. Its counters are the
+// source of every registry figure that tests and the demo report.
+type Registry struct {
+	*Counter
+	// Host is its host:port, as image names have it.
+	Host string
+}
+
+// NewRegistry starts a registry; the Env's Close stops it.
+func NewRegistry(e *Env) (*Registry, error) {
+	dir, err := e.Dir("registry")
+	if err != nil {
+		return nil, err
+	}
+	// It logs every request to the process's standard logger; the counter keeps
+	// them in a form that can be asked.
+	logrus.SetOutput(io.Discard)
+	log.SetOutput(io.Discard)
+	cfg := &configuration.Configuration{
+		Version: configuration.MajorMinorVersion(0, 1),
+		Storage: configuration.Storage{
+			"filesystem":  {"rootdirectory": dir, "maxthreads": 100},
+			"maintenance": {"uploadpurging": map[any]any{"enabled": false}},
+		},
+	}
+	cfg.Log.AccessLog.Disabled = true
+	cfg.Log.Level = "error"
+	cfg.HTTP.Secret = "not one: nobody else can reach it"
+	app := handlers.NewApp(context.Background(), cfg)
+	c := NewCounter(app)
+	host, stop, err := c.serve()
+	if err != nil {
+		_ = app.Shutdown() // there is nothing to lose in it
+		return nil, err
+	}
+	e.OnClose(func() {
+		if err := stop(); err != nil {
+			fmt.Println("registry:", err)
+		}
+		_ = app.Shutdown() // its storage is removed with the Env
+	})
+	return &Registry{Counter: c, Host: host}, nil
+}
