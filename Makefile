@@ -12,8 +12,8 @@ PKG     := github.com/imagewolf/imagewolf/cmd/imagewolf/command
 LDFLAGS := -s -w -X $(PKG).version=$(VERSION) -X $(PKG).commit=$(COMMIT)
 BUILD   := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 
-# How long each fuzz target runs in fuzz-smoke.
-export FUZZTIME ?= 3s
+# How long each fuzz target runs in fuzz-smoke: inputs (3000x) or time (30s).
+export FUZZTIME ?= 3000x
 # More for 'go test', such as TESTFLAGS='-run TestDropIn -v'.
 TESTFLAGS ?=
 
@@ -46,7 +46,7 @@ test-integration: build containerds ## run the tests against real containerd 2.4
 	cd integration && $(GO) test -timeout 15m $(TESTFLAGS) ./...
 
 .PHONY: fuzz-smoke
-fuzz-smoke: ## run every fuzz target for FUZZTIME (3s)
+fuzz-smoke: ## run every fuzz target for FUZZTIME (3000 inputs)
 	.ci/fuzz
 
 .PHONY: demo
@@ -81,11 +81,11 @@ generate: ## write the generated files: protobuf and config.toml.example
 # on it, so that comment may differ from machine to machine.
 .PHONY: check-generated
 check-generated: ## fail if a generated file is not what 'make generate' writes
-	@rm -rf $(BIN)/generated && mkdir -p $(BIN)/generated
-	@$(MAKE) --no-print-directory generate-into OUT=$(BIN)/generated
-	@cd $(BIN)/generated && find . -type f | while read -r f; do \
+	@rm -rf $(BIN)/.generated && mkdir -p $(BIN)/.generated
+	@$(MAKE) --no-print-directory generate-into OUT=$(BIN)/.generated
+	@cd $(BIN)/.generated && find . -type f | while read -r f; do \
 		diff -u -I '^//.*protoc  *v' "$(CURDIR)/$$f" "$$f" || { echo "$$f is out of date: run 'make generate'" >&2; exit 1; }; done
-	@rm -rf $(BIN)/generated
+	@rm -rf $(BIN)/.generated
 
 .PHONY: generate-into
 generate-into:

@@ -5,8 +5,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/imagewolf/imagewolf/integration/harness"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/imagewolf/imagewolf/integration/harness"
 )
 
 // TestColdPull: four nodes pull a new image at the same moment, and the

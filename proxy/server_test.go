@@ -208,6 +208,32 @@ func TestReaderCacheBounds(t *testing.T) {
 	})
 }
 
+// droppingProvider is one whose blobs are deleted while they are opened.
+type droppingProvider struct {
+	fakeProvider
+	c *readerCache
+}
+
+func (p *droppingProvider) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	p.c.drop(desc.Digest)
+	return p.fakeProvider.ReaderAt(ctx, desc)
+}
+
+func TestReaderOfBlobDeletedWhileOpened(t *testing.T) {
+	p := &droppingProvider{}
+	p.c = newReaderCache(p)
+	for range 2 {
+		r, err := p.c.acquire(t.Context(), digest.FromString("x"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.c.release(r)
+	}
+	if p.opens != 2 || p.open != 0 {
+		t.Errorf("opened %d times, %d still open", p.opens, p.open)
+	}
+}
+
 type panicStore struct{ content.Store }
 
 func (panicStore) Info(context.Context, digest.Digest) (content.Info, error) { panic("in Info") }

@@ -23,7 +23,8 @@ type Waiter interface {
 	Wait(ctx context.Context) error
 }
 
-// ownedWriter is a writer that may keep the slice it is given.
+// ownedWriter is a writer that keeps the slice it is given, to hash or write it
+// after WriteOwned has returned.
 type ownedWriter interface {
 	WriteOwned(p []byte) (int, error)
 }
@@ -33,6 +34,11 @@ type ownedWriter interface {
 // they would hold up the whole of containerd. The second comes from outside,
 // right before it would ask the registry.
 const waitingStat = 2
+
+// digestUpTo is the offset in bytes up to which the digest so far goes into
+// every reply: containerd's conformance suite wants it, and the hasher cannot be
+// far behind.
+const digestUpTo = 64 << 10
 
 // writeStream is one call of Write. It belongs to that call's goroutine.
 type writeStream struct {
@@ -55,7 +61,10 @@ type writeStream struct {
 // Write serves one stream of writes to one ref. It differs from containerd's
 // own in how it takes offsets (see [writeStream]); that one truncates when it
 // gets an offset of 0 for an ingest that is further, and this is just what a
-// client sends after an ingest was filled without it.
+// client sends after an ingest was filled without it. Nor does it look for the
+// blob itself: whether it exists is the store's Writer and Commit to say, as a
+// blob that was filled while the client waited is there and still to be
+// committed.
 func (s *contentService) Write(session contentapi.Content_WriteServer) (err error) {
 	req, err := session.Recv()
 	if err != nil {
@@ -134,9 +143,6 @@ func (st *writeStream) handle(req *contentapi.WriteContentRequest) (*contentapi.
 	if req.Action == contentapi.WriteAction_STAT {
 		return st.stat(req)
 	}
-	if err := st.exists(req); err != nil {
-		return nil, err
-	}
 	ws, err := st.wr.Status()
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
@@ -170,9 +176,6 @@ func (st *writeStream) handle(req *contentapi.WriteContentRequest) (*contentapi.
 // stat answers a STAT with the true offset: the client asks the registry for
 // what is behind it.
 func (st *writeStream) stat(req *contentapi.WriteContentRequest) (*contentapi.WriteContentResponse, error) {
-	if err := st.exists(req); err != nil {
-		return nil, err
-	}
 	if st.stats++; st.stats == waitingStat {
 		if err := st.wait(); err != nil {
 			return nil, err
@@ -243,30 +246,11 @@ func (st *writeStream) write(req *contentapi.WriteContentRequest, offset int64) 
 	return offset + int64(n), nil
 }
 
-// exists ends a stream for a blob that is there. At COMMIT this is left to the
-// writer: a blob that was filled while the client waited is there by then, and
-// has a ref that still wants to be committed.
-func (st *writeStream) exists(req *contentapi.WriteContentRequest) error {
-	if req.Expected == "" || req.Action == contentapi.WriteAction_COMMIT {
-		return nil
-	}
-	ctx := st.session.Context()
-	if _, err := st.svc.store.Info(ctx, st.expected); err != nil {
-		return nil // most likely not there; whatever it is, writing will tell
-	}
-	if err := st.wr.Close(); err != nil {
-		return errgrpc.ToGRPCf(err, "ref %q: close", st.ref)
-	}
-	// An ingest left behind is found by containerd's garbage collector.
-	_ = st.svc.store.Abort(ctx, st.ref)
-	return status.Errorf(codes.AlreadyExists, "blob with expected digest %v exists", st.expected)
-}
-
-// digestAt returns the digest for a reply, if the client has a use for it: once
-// all is written, or when the end is not known. On the way it has none, and a
-// writer that hashes in the background would have to be waited for.
+// digestAt returns the digest for a reply. It is left out in the middle of a
+// blob of known size if the writer hashes in the background: it would have to
+// be waited for at every message, and nobody looks at it before the end.
 func (st *writeStream) digestAt(offset int64) string {
-	if offset < st.total {
+	if _, ok := st.wr.(ownedWriter); ok && offset > digestUpTo && offset < st.total {
 		return ""
 	}
 	return st.wr.Digest().String()

@@ -249,7 +249,7 @@ func TestLockedRef(t *testing.T) {
 }
 
 func TestWaitEndsWithItsStream(t *testing.T) {
-	w := &filling{waiting: make(chan struct{}), release: until}
+	w := &filling{waiting: make(chan struct{})}
 	ended := make(chan error, 1)
 	w.release = func(ctx context.Context) error {
 		err := until(ctx)
@@ -267,7 +267,7 @@ func TestWaitEndsWithItsStream(t *testing.T) {
 		cancel()
 	}()
 	if _, err := cw.Status(); !errors.Is(err, context.Canceled) {
-		t.Errorf("Status: %v", err)
+		t.Fatalf("Status: %v", err)
 	}
 	if err := <-ended; !errors.Is(err, context.Canceled) {
 		t.Errorf("Wait: %v", err)
@@ -287,7 +287,7 @@ func TestWaitEndsWithTheServer(t *testing.T) {
 		stopped <- stop()
 	}()
 	if _, err := cw.Status(); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "stopping") {
-		t.Errorf("Status: %v", err)
+		t.Fatalf("Status: %v", err)
 	}
 	if err := <-stopped; err != nil {
 		t.Error(err)

@@ -125,6 +125,23 @@ func (c *conn) Close() error {
 	return err
 }
 
+// hangUp closes all connections over which the blob is exchanged. It does not
+// need the client, so it may be called from its callbacks; a connection's
+// requests are answered only after it is known whose it is.
+func (s *Swarm) hangUp(b *Blob) {
+	var conns []*conn
+	s.mu.Lock()
+	for c := range s.conns {
+		if c.face.blob.Load() == b {
+			conns = append(conns, c)
+		}
+	}
+	s.mu.Unlock()
+	for _, c := range conns {
+		_ = c.Close() // nobody is left to be told
+	}
+}
+
 // deadConn is what a dial that failed returns. A dial error would make the
 // client remember the address for ever, to reach it through other peers.
 type deadConn struct {

@@ -20,7 +20,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience is how long a test waits for what should take a fraction of it.
-const patience = 40 * time.Second
+const patience = 90 * time.Second
 
 // quiet logs what went wrong, when asked to.
 func quiet() *slog.Logger {
@@ -33,12 +33,13 @@ func quiet() *slog.Logger {
 // memory is a blob in memory, present by blocks of the size of a chunk.
 type memory struct {
 	mu      sync.Mutex
-	bytes   []byte // guarded by mu
-	there   []bool // guarded by mu; by block
-	failing error  // guarded by mu: what writes return
-	marking error  // guarded by mu: what MarkPresent returns
-	closed  bool   // guarded by mu: must not be used any more
-	misused bool   // guarded by mu: was used after that
+	bytes   []byte       // guarded by mu
+	there   []bool       // guarded by mu; by block
+	failing error        // guarded by mu: what writes return
+	marking error        // guarded by mu: what MarkPresent returns
+	reading func() error // guarded by mu: called by reads, without mu
+	closed  bool         // guarded by mu: must not be used any more
+	misused bool         // guarded by mu: was used after that
 	marked  chan struct{}
 }
 
@@ -71,6 +72,13 @@ func (m *memory) used() {
 
 func (m *memory) ReadAt(p []byte, off int64) (int, error) {
 	m.mu.Lock()
+	if hook := m.reading; hook != nil {
+		m.mu.Unlock()
+		if err := hook(); err != nil {
+			return 0, err
+		}
+		m.mu.Lock()
+	}
 	defer m.mu.Unlock()
 	m.used()
 	if off >= int64(len(m.bytes)) {

@@ -3,6 +3,7 @@ package swarm
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"sync"
 	"time"
@@ -91,21 +92,24 @@ type piece struct {
 	n     int64
 }
 
-// ReadAt reads for an upload. The library panics on a short read without an
-// error, and takes io.EOF for a lost piece, so neither is let through.
+// ReadAt reads for an upload. It never fails: the library panics over a short
+// read without an error, and over a read that fails after its torrent was
+// dropped. Instead the connections are closed over which the bytes would go.
 func (p *piece) ReadAt(buf []byte, off int64) (int, error) {
 	b := p.seg.blob
 	n, err := gatedReader{b}.ReadAt(buf, p.off+off)
-	if n == len(buf) {
-		b.uploaded.Add(int64(n))
-		b.touch()
-		return n, nil
+	if n != len(buf) {
+		if err == nil || errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		b.swarm.hangUp(b)
+		b.fail(fmt.Errorf("read for a peer: %w", err))
+		clear(buf)
+		return len(buf), nil
 	}
-	if err == nil || errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
-	}
-	b.fail(err)
-	return n, err
+	b.uploaded.Add(int64(n))
+	b.touch()
+	return n, nil
 }
 
 // WriteAt writes a chunk as it came.

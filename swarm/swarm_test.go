@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/anacrolix/torrent/metainfo"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 )
@@ -106,13 +107,17 @@ func TestTenPeers(t *testing.T) {
 	}
 }
 
+// To keep it short all have the first three quarters of each segment.
 func TestEachHoldsAnotherSegment(t *testing.T) {
-	const n = 10
+	const n, common = 5, minSegment / 4 * 3
 	data := content(n*minSegment, 3)
 	pieces := make([][]byte, n)
 	g := newGroup(t, n, data)
-	for i := range n {
-		g.sinks[i].fill(data, i*minSegment, minSegment)
+	for i, m := range g.sinks {
+		for seg := range n {
+			m.fill(data, seg*minSegment, common)
+		}
+		m.fill(data, i*minSegment, minSegment)
 		var err error
 		if pieces[i], err = g.blobs[i].Offer(t.Context(), i, nil); err != nil {
 			t.Fatal(err)
@@ -120,6 +125,11 @@ func TestEachHoldsAnotherSegment(t *testing.T) {
 	}
 	g.leech(t, pieces, 0, func(seg, _ int) []string { return addrs(g.peers[seg]) })
 	g.await(t)
+	for i, b := range g.blobs {
+		if got, want := b.Stats().Downloaded, int64((n-1)*minSegment/4); got < want || got > want*2 {
+			t.Errorf("peer %d downloaded %d bytes for %d", i, got, want)
+		}
+	}
 }
 
 func TestSeederLeavesMidway(t *testing.T) {
@@ -370,6 +380,67 @@ func TestDataFails(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The library panics over a read that fails when its torrent is dropped.
+func TestReadFails(t *testing.T) {
+	boom := errors.New("disk gone")
+	for _, c := range []struct {
+		name  string
+		close bool
+	}{{"while it is open", false}, {"while it closes", true}} {
+		t.Run(c.name, func(t *testing.T) {
+			data := content(minSegment, 10)
+			d := digest.FromBytes(data)
+			seeder, leecher := newPeer(t), newPeer(t)
+			source, sink := wholeMemory(data), newMemory(len(data))
+			from, to := seeder.open(t, d, source), leecher.open(t, d, sink)
+			pieces := offerAll(t, from)[0]
+			asked, fail := make(chan struct{}, 100), make(chan struct{})
+			source.mu.Lock()
+			source.reading = func() error {
+				asked <- struct{}{}
+				<-fail
+				return boom
+			}
+			source.mu.Unlock()
+			if err := to.Leech(0, pieces, addrs(seeder)); err != nil {
+				t.Fatal(err)
+			}
+			<-asked
+			closed := make(chan error, 1)
+			if c.close {
+				go func() { closed <- from.Close() }()
+				eventually(t, "the torrent is dropped", func() bool {
+					return from.hashOf(0) == metainfo.Hash{}
+				})
+			}
+			close(fail)
+			if c.close {
+				if err := <-closed; err != nil {
+					t.Error(err)
+				}
+			} else {
+				eventually(t, "the error is seen", func() bool { return errors.Is(from.Err(), boom) })
+				eventually(t, "the torrent is dropped", func() bool { return !from.Ready(0) })
+			}
+			if sink.Present(0, 1) || to.refuses(seeder.addr, time.Now()) {
+				t.Error("bytes that were not read were sent")
+			}
+		})
+	}
+}
+
+// hashOf returns the infohash of an offered segment.
+func (b *Blob) hashOf(seg int) metainfo.Hash {
+	v := metainfo.Hash{}
+	b.swarm.segments.Range(func(k, s any) bool {
+		if s := s.(*segment); s.blob == b && s.index == seg {
+			v = k.(metainfo.Hash)
+		}
+		return true
+	})
+	return v
 }
 
 func TestCloseInMidTransfer(t *testing.T) {

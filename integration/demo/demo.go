@@ -16,6 +16,7 @@ import (
 
 	"github.com/distribution/reference"
 	"github.com/docker/go-units"
+
 	"github.com/imagewolf/imagewolf/integration/harness"
 )
 
@@ -93,8 +94,7 @@ func Run(ctx context.Context, o Options) (err error) {
 }
 
 func (s *show) say(format string, args ...any) {
-	// There is nobody to tell that nothing can be told.
-	_, _ = fmt.Fprintf(s.Out, format+"\n", args...)
+	_, _ = fmt.Fprintf(s.Out, format+"\n", args...) //nolint:errcheck // nobody to tell that nothing can be told
 }
 
 // takeImage prepares for an image of the user's, from its own registry.

@@ -4,15 +4,17 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/docker/go-units"
-	"github.com/imagewolf/imagewolf/integration/harness"
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
 	"golang.org/x/sys/unix"
+
+	"github.com/imagewolf/imagewolf/integration/harness"
 )
 
 // progress is how far a node is, in bytes.
@@ -57,6 +59,7 @@ func (s *show) watch(ctx context.Context, total int64) (stop func()) {
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() {
+		state := make([]progress, len(s.cluster.Nodes))
 		tick := time.NewTicker(every)
 		defer tick.Stop()
 		for {
@@ -65,11 +68,11 @@ func (s *show) watch(ctx context.Context, total int64) (stop func()) {
 				return
 			case <-tick.C:
 			}
-			state := make([]progress, len(s.cluster.Nodes))
 			for i, n := range s.cluster.Nodes {
 				// A node that does not answer is shown as it was: the pull will
 				// say what is wrong.
-				if p, err := at(ctx, n, total); err == nil {
+				// A blob on its way from ingest to store is nowhere for a moment.
+				if p, err := at(ctx, n, total); err == nil && p.done >= state[i].done {
 					state[i] = p
 				}
 			}
@@ -88,12 +91,20 @@ func (s *show) watch(ctx context.Context, total int64) (stop func()) {
 // lines shows progress in lines.
 func (s *show) lines() (update func([]progress), finish func()) {
 	began := time.Now()
+	whole := false
 	return func(state []progress) {
+		if whole {
+			return
+		}
+		whole = !slices.ContainsFunc(state, func(p progress) bool { return p.total == 0 || p.done < p.total })
 		parts := make([]string, len(state))
 		for i, p := range state {
 			parts[i] = fmt.Sprintf("%s %s/%s", s.cluster.Nodes[i].Name, units.BytesSize(float64(p.done)), units.BytesSize(float64(p.total)))
 		}
 		s.say("%4.0f s  %s", time.Since(began).Seconds(), strings.Join(parts, "  "))
+		if whole {
+			s.say("Every byte is there; containerd is unpacking.")
+		}
 	}, func() {}
 }
 

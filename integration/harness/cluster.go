@@ -197,7 +197,7 @@ func PullOn(ctx context.Context, nodes []*Node, ns, ref string) ([]time.Duration
 		})
 	}
 	close(start)
-	_ = g.Wait() // the errors are in errs, all of them
+	_ = g.Wait() //nolint:errcheck // the errors are in errs, all of them
 	return took, errors.Join(errs...)
 }
 
@@ -207,7 +207,7 @@ func PullOn(ctx context.Context, nodes []*Node, ns, ref string) ([]time.Duration
 func (c *Cluster) Logs() string {
 	var b strings.Builder
 	for _, n := range c.Nodes {
-		logs := []string{n.Containerd.Log()}
+		logs := []string{n.Log()}
 		if n.Wolf != nil {
 			logs = append(logs, n.Wolf.Log())
 		}

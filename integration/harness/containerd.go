@@ -101,9 +101,6 @@ func (c *Containerd) Log() string { return filepath.Join(c.Dir, "containerd.log"
 
 func (c *Containerd) hostsDir() string { return filepath.Join(c.Dir, "certs") }
 
-// v2 reports whether it is a 2.x.
-func (c *Containerd) v2() bool { return !strings.HasPrefix(c.Version, "1.") }
-
 // configs are what a node's containerd is told, by major version. NRI and the
 // opt directory would be at places shared by all nodes of the machine.
 var configs = template.Must(template.New("").Parse(`

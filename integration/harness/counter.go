@@ -231,7 +231,7 @@ func (w *countingWriter) admit(n int) (int, error) {
 		w.c.mu.Unlock()
 		switch {
 		case b.CutAfter > 0 && sent >= b.CutAfter:
-			_ = http.NewResponseController(w.ResponseWriter).Flush() // what was counted is to be seen
+			_ = http.NewResponseController(w.ResponseWriter).Flush() //nolint:errcheck // what was counted is to be seen
 			panic(http.ErrAbortHandler)
 		case b.StallAfter > 0 && sent >= b.StallAfter:
 			if err := http.NewResponseController(w.ResponseWriter).Flush(); err != nil {

@@ -107,7 +107,7 @@ func NewEnv(bin Binaries) (*Env, error) {
 	}
 	r, err := startReaper(root)
 	if err != nil {
-		_ = os.RemoveAll(root) // nothing is in it yet
+		_ = os.RemoveAll(root) //nolint:errcheck // nothing is in it yet
 		return nil, err
 	}
 	return &Env{Root: root, Bin: bin, reaper: r}, nil
@@ -195,9 +195,8 @@ func killAll(root string) int {
 		if _, err := fmt.Sscanf(filepath.Base(d), "%d", &pid); err != nil || pid == os.Getpid() {
 			continue
 		}
-		// A process that has just ended has no files any more: no match.
-		cmd, _ := os.ReadFile(filepath.Join(d, "cmdline"))
-		cwd, _ := os.Readlink(filepath.Join(d, "cwd"))
+		cmd, _ := os.ReadFile(filepath.Join(d, "cmdline")) //nolint:errcheck // a process that has just ended has no files: no match
+		cwd, _ := os.Readlink(filepath.Join(d, "cwd"))     //nolint:errcheck // as above
 		if !strings.Contains(string(cmd), root+"/") && !strings.HasPrefix(cwd+"/", root+"/") {
 			continue
 		}

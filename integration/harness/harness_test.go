@@ -135,7 +135,7 @@ func testImage(ctx context.Context, t *testing.T, e *Env, r *Registry) *Image {
 func TestCounter(t *testing.T) {
 	const size = 1 << 20
 	c := NewCounter(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = w.Write(make([]byte, size)) // a client that goes away is part of the test
+		_, _ = w.Write(make([]byte, size)) //nolint:errcheck // a client that goes away is part of the test
 	}))
 	srv := httptest.NewServer(c)
 	defer srv.Close()

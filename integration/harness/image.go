@@ -272,7 +272,7 @@ func addFile(tw *tar.Writer, path string) (int64, error) {
 	if err != nil {
 		return 0, nil //nolint:nilerr // as above
 	}
-	defer file.Close()
+	defer file.Close() //nolint:errcheck // opened for reading
 	if err := tw.WriteHeader(h); err != nil {
 		return 0, err
 	}

@@ -23,8 +23,8 @@ func NewMirror(e *Env, upstream string) (*Mirror, error) {
 	if err != nil {
 		return nil, fmt.Errorf("registry's address: %w", err)
 	}
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.DisableCompression = true // the bytes are to be the registry's
+	transport := http.DefaultTransport.(*http.Transport).Clone() //nolint:errcheck // its type is the standard library's promise
+	transport.DisableCompression = true                          // the bytes are to be the registry's
 	client := &http.Client{Transport: transport}
 	c := NewCounter(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		relay(client, base, w, r)
@@ -66,7 +66,7 @@ func relay(client *http.Client, base *url.URL, w http.ResponseWriter, r *http.Re
 		http.Error(w, err.Error(), http.StatusBadGateway)
 		return
 	}
-	defer resp.Body.Close()
+	defer resp.Body.Close() //nolint:errcheck // only read from
 	for k, vs := range resp.Header {
 		if strings.EqualFold(k, "Connection") || strings.EqualFold(k, "Transfer-Encoding") {
 			continue
@@ -76,6 +76,5 @@ func relay(client *http.Client, base *url.URL, w http.ResponseWriter, r *http.Re
 		}
 	}
 	w.WriteHeader(resp.StatusCode)
-	// The client sees a short body and asks again; there is nobody to tell here.
-	_, _ = io.Copy(w, resp.Body)
+	_, _ = io.Copy(w, resp.Body) //nolint:errcheck // the client sees a short body, and asks again
 }

@@ -59,7 +59,7 @@ func (e *Env) start(name, logPath string, env []string, argv ...string) (*Proces
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	go func() {
-		_ = p.cmd.Wait() // how it ended is in ProcessState
+		_ = p.cmd.Wait() //nolint:errcheck // how it ended is in ProcessState
 		close(p.done)
 	}()
 	if !e.add(p) {
@@ -90,7 +90,7 @@ func (p *Process) Kill() {
 	if !p.Running() {
 		return
 	}
-	_ = p.cmd.Process.Kill() // only fails when it has ended
+	_ = p.cmd.Process.Kill() //nolint:errcheck // only fails when it has ended
 	<-p.done
 }
 
@@ -100,7 +100,7 @@ func (p *Process) Stop(limit time.Duration) error {
 	if !p.Running() {
 		return nil
 	}
-	_ = p.cmd.Process.Signal(syscall.SIGTERM) // only fails when it has ended
+	_ = p.cmd.Process.Signal(syscall.SIGTERM) //nolint:errcheck // only fails when it has ended
 	select {
 	case <-p.done:
 		return nil
@@ -118,7 +118,7 @@ func (p *Process) RSS() (int64, error) {
 	}
 	for line := range strings.Lines(string(data)) {
 		var kb int64
-		if n, _ := fmt.Sscanf(line, "VmRSS: %d kB", &kb); n == 1 {
+		if _, err := fmt.Sscanf(line, "VmRSS: %d kB", &kb); err == nil {
 			return kb << 10, nil
 		}
 	}
@@ -131,11 +131,11 @@ func Tail(path string, n int64) string {
 	if err != nil {
 		return err.Error()
 	}
-	defer f.Close()
+	defer f.Close() //nolint:errcheck // opened for reading
 	if end, err := f.Seek(0, io.SeekEnd); err == nil && end > n {
-		_, _ = f.Seek(end-n, io.SeekStart) // worst case: too much is shown
+		_, _ = f.Seek(end-n, io.SeekStart) //nolint:errcheck // worst case: too much is shown
 	} else {
-		_, _ = f.Seek(0, io.SeekStart)
+		_, _ = f.Seek(0, io.SeekStart) //nolint:errcheck // as above
 	}
 	data, err := io.ReadAll(f)
 	if err != nil {

@@ -108,7 +108,7 @@ func (c *Containerd) rehash(digest string, size int64) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close()
+	defer f.Close() //nolint:errcheck // opened for reading
 	h := sha256.New()
 	n, err := io.Copy(h, f)
 	if err != nil {

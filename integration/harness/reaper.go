@@ -25,8 +25,7 @@ func init() {
 	if !strings.HasPrefix(filepath.Base(root), "iw") {
 		os.Exit(2)
 	}
-	// Ends with an error or with EOF: the owner is gone either way.
-	_, _ = io.Copy(io.Discard, os.Stdin)
+	_, _ = io.Copy(io.Discard, os.Stdin) //nolint:errcheck // error or EOF: the owner is gone either way
 	if _, err := os.Stat(root); err != nil {
 		os.Exit(0) // the owner has cleaned up
 	}

@@ -9,7 +9,7 @@ import (
 	"github.com/distribution/distribution/v3/configuration"
 	"github.com/distribution/distribution/v3/registry/handlers"
 	_ "github.com/distribution/distribution/v3/registry/storage/driver/filesystem" // the storage in use
-	"github.com/sirupsen/logrus"
+	"github.com/sirupsen/logrus"                                                   //nolint:depguard // the registry's own, to be silenced
 )
 
 // Registry is a distribution registry in this process, in plain HTTP on the
@@ -45,14 +45,14 @@ func NewRegistry(e *Env) (*Registry, error) {
 	c := NewCounter(app)
 	host, stop, err := c.serve()
 	if err != nil {
-		_ = app.Shutdown() // there is nothing to lose in it
+		_ = app.Shutdown() //nolint:errcheck // there is nothing to lose in it
 		return nil, err
 	}
 	e.OnClose(func() {
 		if err := stop(); err != nil {
 			fmt.Println("registry:", err)
 		}
-		_ = app.Shutdown() // its storage is removed with the Env
+		_ = app.Shutdown() //nolint:errcheck // its storage is removed with the Env
 	})
 	return &Registry{Counter: c, Host: host}, nil
 }

@@ -182,3 +182,28 @@ func TestMainIsThin(t *testing.T) {
 		}
 	}
 }
+
+// Unit tests sleep in virtual time only.
+func TestNoUnitTestWaitsForRealTime(t *testing.T) {
+	all, virtual := sources(t), map[string]bool{} // by directory: a bubble may be made by a helper of another file
+	for _, s := range all {
+		if slices.ContainsFunc(s.file.Imports, func(i *ast.ImportSpec) bool { return i.Path.Value == `"testing/synctest"` }) {
+			virtual[filepath.Dir(s.path)] = true
+		}
+	}
+	for _, s := range all {
+		if !s.test || virtual[filepath.Dir(s.path)] {
+			continue
+		}
+		ast.Inspect(s.file, func(n ast.Node) bool {
+			sel, ok := n.(*ast.SelectorExpr)
+			if !ok {
+				return true
+			}
+			if x, ok := sel.X.(*ast.Ident); ok && x.Name == "time" && sel.Sel.Name == "Sleep" {
+				t.Errorf("%s:%d sleeps: wait for an event, or use testing/synctest", s.path, s.fset.Position(n.Pos()).Line)
+			}
+			return true
+		})
+	}
+}

@@ -35,24 +35,31 @@ type chunk struct {
 	gen    int // Ingest.gen when it was queued
 	off    int64
 	buf    []byte
-	pool   *sync.Pool // where buf came from; nil if it is not to be used again
+	pool   *bufferPool // where buf came from; nil if it is not to be used again
 }
 
-var bigPool, smallPool = newPool(bigChunk), newPool(smallChunk)
-
-func newPool(size int) *sync.Pool {
-	return &sync.Pool{New: func() any {
-		b := make([]byte, 0, size)
-		return &b
-	}}
+// bufferPool keeps buffers of one size for the next use.
+type bufferPool struct {
+	size int
+	pool sync.Pool
 }
+
+var bigPool, smallPool = bufferPool{size: bigChunk}, bufferPool{size: smallChunk}
+
+func (p *bufferPool) get() []byte {
+	if b, ok := p.pool.Get().(*[]byte); ok {
+		return (*b)[:0]
+	}
+	return make([]byte, 0, p.size)
+}
+
+func (p *bufferPool) put(b []byte) { p.pool.Put(&b) }
 
 // freeLocked gives back a chunk's memory. mu must be held.
 func (in *Ingest) freeLocked(c *chunk) {
 	in.held -= int64(cap(c.buf))
 	if c.pool != nil {
-		b := c.buf[:0]
-		c.pool.Put(&b)
+		c.pool.put(c.buf)
 	}
 	c.buf = nil
 	in.cond.Broadcast()

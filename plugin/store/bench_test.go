@@ -41,10 +41,7 @@ func BenchmarkWrite(b *testing.B) {
 		b.Run(fmt.Sprintf("%s/%dMiB", tc.name, mib), func(b *testing.B) {
 			b.SetBytes(int64(len(data)))
 			for b.Loop() {
-				root, err := os.MkdirTemp(b.TempDir(), "")
-				if err != nil {
-					b.Fatal(err)
-				}
+				root := b.TempDir()
 				s, c, err := tc.open(root)
 				if err != nil {
 					b.Fatal(err)

@@ -88,7 +88,7 @@ func (s *Store) addLocked(d digest.Digest, fi fs.FileInfo) *blob {
 func (s *Store) lookupLocked(d digest.Digest) *blob {
 	fi, err := os.Stat(s.blobPath(d))
 	if err != nil {
-		if s.blobs[d] != nil {
+		if s.blobs[d] != nil && errors.Is(err, fs.ErrNotExist) {
 			s.forgetLocked(d)
 		}
 		return nil

@@ -53,7 +53,7 @@ func TestSoftDelete(t *testing.T) {
 			_, err := s.Update(ctx, content.Info{Digest: d, Labels: map[string]string{"a": "b"}})
 			return err
 		}, nil, true, true},
-		{"local commit of hidden", 1 << 30, true, func(s *Store, d digest.Digest) error {
+		{"local commit of hidden", 1 << 30, true, func(s *Store, _ digest.Digest) error {
 			b, _ := random(1000, 1)
 			w, err := s.Writer(ctx, content.WithRef("plain"))
 			if err != nil {
@@ -62,11 +62,14 @@ func TestSoftDelete(t *testing.T) {
 			if _, err := w.Write(b); err != nil {
 				return err
 			}
+			if err := w.(content.Syncer).Sync(); err != nil {
+				return err
+			}
 			return w.Commit(ctx, 0, "")
 		}, errdefs.ErrAlreadyExists, true, true},
-		{"evict visible", 0, false, func(s *Store, d digest.Digest) error { s.evictHidden(); return nil }, nil, true, true},
-		{"evict within quota", 1000, true, func(s *Store, d digest.Digest) error { s.evictHidden(); return nil }, nil, false, true},
-		{"evict beyond quota", 999, true, func(s *Store, d digest.Digest) error { s.evictHidden(); return nil }, nil, false, false},
+		{"evict visible", 0, false, func(s *Store, _ digest.Digest) error { s.evictHidden(); return nil }, nil, true, true},
+		{"evict within quota", 1000, true, func(s *Store, _ digest.Digest) error { s.evictHidden(); return nil }, nil, false, true},
+		{"evict beyond quota", 999, true, func(s *Store, _ digest.Digest) error { s.evictHidden(); return nil }, nil, false, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := open(t, Options{SeedQuota: tc.quota, Filler: &filler{}})
@@ -128,7 +131,7 @@ func TestEvictionOrder(t *testing.T) {
 	if blob, err := s.OpenBlob(ds[3]); err != nil { // now the one used last
 		t.Fatal(err)
 	} else {
-		defer blob.Close()
+		defer func() { _ = blob.Close() }()
 	}
 	if !s.evictHidden() {
 		t.Fatal("not done")
@@ -143,7 +146,7 @@ func TestEvictionOrder(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer blob.Close()
+	defer func() { _ = blob.Close() }()
 	s.evictHidden()
 	if exists(t, s.blobPath(ds[3])) {
 		t.Error("not evicted")
@@ -184,6 +187,29 @@ func TestEvictionSparesWhatWillBeCommitted(t *testing.T) {
 	if exists(t, s.blobPath(d)) {
 		t.Error("not evicted after the abort")
 	}
+}
+
+// Between being chosen for eviction and being evicted a blob may have been
+// adopted, or claimed by a stream.
+func TestEvictionLooksAgain(t *testing.T) {
+	s := open(t, Options{Filler: &filler{}})
+	b, _ := random(1000, 1)
+	d := put(t, s, b)
+	evict := func(want bool) {
+		t.Helper()
+		if removed, ok := s.evictOne(d); removed != want || !ok {
+			t.Errorf("evicted: %v, %v", removed, ok)
+		}
+	}
+	evict(false) // visible
+	s.blobs[d].hidden = true
+	w := writer(t, s, refFor("a", d), 1000)
+	evict(false) // about to be committed
+	if err := errors.Join(w.Close(), s.Abort(t.Context(), refFor("a", d))); err != nil {
+		t.Fatal(err)
+	}
+	evict(true)
+	evict(false) // gone
 }
 
 // Eviction waits for the local store, never the other way round.
@@ -288,7 +314,7 @@ func TestAdoptsWhatIsThere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.Close()
+	defer func() { _ = s.Close() }()
 	if v := visible(t, s); len(v) != 2 || !v[d] || !v[b512] {
 		t.Errorf("visible: %v", v)
 	}

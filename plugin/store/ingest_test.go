@@ -3,14 +3,14 @@ package store
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
+	"hash"
 	"io"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
@@ -49,7 +49,7 @@ func TestPullFromRegistry(t *testing.T) {
 func TestPullFromPeersOnly(t *testing.T) {
 	b, d := random(size, 1)
 	seeding := make(chan struct{})
-	f := &filler{fill: func(ctx context.Context, in *Ingest) {
+	f := &filler{fill: func(_ context.Context, in *Ingest) {
 		peer(t, in, b, size/2, size)
 		peer(t, in, b, 0, size/2)
 		until(t, in, func(st State) bool { return st.Whole })
@@ -97,6 +97,72 @@ func TestPullFromBoth(t *testing.T) {
 	p := bytes.Clone(b[100_000:])
 	clear(p[100_000:150_000])
 	write(t, w, p)
+	commit(t, w, size, d)
+}
+
+// A client that was sent to the registry goes on there, from its own offset,
+// also when others make the blob whole meanwhile.
+func TestReleasedStreamIsOvertaken(t *testing.T) {
+	s := open(t, Options{})
+	b, d := random(size, 1)
+	w, idle := writer(t, s, refFor("a", d), size), writer(t, s, refFor("b", d), size)
+	told := writer(t, s, refFor("c", d), size)
+	wait(t, w)
+	write(t, w, b[:1000])
+	if got := offset(t, told); got > 1000 {
+		t.Fatalf("offset %d", got)
+	}
+	in := w.(*stream).in
+	peer(t, in, b, 500, size)
+	until(t, in, func(st State) bool { return st.Whole })
+	if got := offset(t, idle); got != size {
+		t.Fatalf("idle stream's offset %d", got)
+	}
+	for at := int64(1000); at < size; at += 1000 {
+		if got := offset(t, w); got != at {
+			t.Fatalf("offset %d, want %d", got, at)
+		}
+		write(t, w, b[at:at+1000])
+	}
+	commit(t, w, size, d)
+	commit(t, idle, size, d)
+
+	// One that never waited goes on from what it was told at first.
+	told.(*stream).pos = 1000
+	if got := offset(t, told); got != size {
+		t.Fatalf("offset %d", got)
+	}
+	write(t, told, b[1000:])
+	commit(t, told, size, d)
+}
+
+// gatedHash lets the first Write go on only when the test says so.
+type gatedHash struct {
+	hash.Hash
+	entered, leave chan struct{}
+}
+
+func (h *gatedHash) Write(p []byte) (int, error) {
+	close(h.entered)
+	<-h.leave
+	return h.Hash.Write(p)
+}
+
+// What is thrown away while it is being hashed must not count.
+func TestTruncateWhileHashing(t *testing.T) {
+	s := open(t, Options{})
+	b, d := random(size, 1)
+	junk, _ := random(1000, 2)
+	w := writer(t, s, refFor("a", d), size)
+	h := &gatedHash{sha256.New(), make(chan struct{}), make(chan struct{})}
+	w.(*stream).in.hash = h
+	write(t, w, junk)
+	<-h.entered
+	if err := w.Truncate(0); err != nil {
+		t.Fatal(err)
+	}
+	close(h.leave)
+	write(t, w, b)
 	commit(t, w, size, d)
 }
 
@@ -200,192 +266,6 @@ func TestNeverTotalBeforeWhole(t *testing.T) {
 	in.mu.Unlock()
 }
 
-func TestOneStreamPerRef(t *testing.T) {
-	s := open(t, Options{})
-	_, d := random(size, 1)
-	ref := refFor("a", d)
-	w := writer(t, s, ref, size)
-	_, err := s.Writer(t.Context(), content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{Size: size}))
-	wantErr(t, err, errdefs.ErrUnavailable)
-	if !strings.Contains(err.Error(), "locked for") {
-		t.Error(err)
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	writer(t, s, ref, size)
-}
-
-func TestSizeConflict(t *testing.T) {
-	s := open(t, Options{})
-	b, d := random(size, 1)
-	w := writer(t, s, refFor("a", d), size)
-	other := func() (content.Writer, error) {
-		return s.Writer(t.Context(), content.WithRef(refFor("b", d)), content.WithDescriptor(ocispec.Descriptor{Size: 5}))
-	}
-	_, err := other()
-	wantErr(t, err, errdefs.ErrFailedPrecondition)
-	write(t, w, b)
-	commit(t, w, size, d)
-	_, err = other()
-	wantErr(t, err, errdefs.ErrFailedPrecondition)
-}
-
-func TestSharedByNamespaces(t *testing.T) {
-	s := open(t, Options{})
-	b, d := random(size, 1)
-	w1, w2 := writer(t, s, refFor("a", d), size), writer(t, s, refFor("b", d), size)
-	wait(t, w1)
-	done := waitAsync(t, w2)
-	write(t, w1, b)
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
-	if got := offset(t, w2); got != size {
-		t.Fatalf("offset %d", got)
-	}
-	commit(t, w1, size, d)
-	commit(t, w2, size, d)
-}
-
-// A blob that is there already: the descriptor's digest is refused as the local
-// store does, the ref's is whole from the start.
-func TestWriterOnBlobThatIsHere(t *testing.T) {
-	s := open(t, Options{SeedQuota: 1 << 30})
-	b, _ := random(size, 1)
-	d := put(t, s, b)
-	for range 2 {
-		if err := s.Delete(t.Context(), d); err != nil {
-			t.Fatal(err)
-		}
-		_, err := s.Writer(t.Context(), content.WithRef("x"), content.WithDescriptor(ocispec.Descriptor{Size: size, Digest: d}))
-		wantErr(t, err, errdefs.ErrAlreadyExists)
-		if !visible(t, s)[d] {
-			t.Error("hidden after ErrAlreadyExists")
-		}
-		if err := s.Delete(t.Context(), d); err != nil {
-			t.Fatal(err)
-		}
-		_, err = s.Writer(t.Context(), content.WithRef("x"), content.WithDescriptor(ocispec.Descriptor{Digest: d}))
-		wantErr(t, err, errdefs.ErrAlreadyExists)
-		if !visible(t, s)[d] {
-			t.Error("hidden after ErrAlreadyExists")
-		}
-		if err := s.Delete(t.Context(), d); err != nil {
-			t.Fatal(err)
-		}
-		w := writer(t, s, refFor("b", d), size)
-		wait(t, w)
-		if got := offset(t, w); got != size {
-			t.Fatalf("offset %d", got)
-		}
-		commit(t, w, size, d)
-		if !visible(t, s)[d] {
-			t.Error("hidden after the commit")
-		}
-	}
-}
-
-func TestWriterThatDiesHandsOver(t *testing.T) {
-	s := open(t, Options{Filler: &filler{}})
-	b, d := random(size, 1)
-	w1, w2, w3 := writer(t, s, refFor("a", d), size), writer(t, s, refFor("b", d), size), writer(t, s, refFor("c", d), size)
-	wait(t, w1)
-	done2 := waitAsync(t, w2)
-	done3 := waitAsync(t, w3)
-	write(t, w1, b[:100_000])
-	if err := w1.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-done2; err != nil {
-		t.Fatal(err)
-	}
-	if got := offset(t, w2); got != 100_000 {
-		t.Fatalf("offset %d", got)
-	}
-	if st, _ := w3.(*stream).in.Watch(); st.Waiting != 1 || st.Writing != 1 {
-		t.Fatalf("state %+v", st)
-	}
-	write(t, w2, b[100_000:])
-	if err := <-done3; err != nil {
-		t.Fatal(err)
-	}
-	commit(t, w3, size, d)
-	commit(t, w2, size, d)
-}
-
-func TestWriterThatStallsIsOvertaken(t *testing.T) {
-	b, d := random(size, 1)
-	root := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		s := open(t, Options{Root: root, MaxWait: 30 * time.Second})
-		w1, w2, w3 := writer(t, s, refFor("a", d), size), writer(t, s, refFor("b", d), size), writer(t, s, refFor("c", d), size)
-		wait(t, w1)
-		start := time.Now()
-		done := waitAsync(t, w2)
-		time.Sleep(20 * time.Second)
-		write(t, w1, b[:1000]) // puts it off
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
-		if got := time.Since(start); got != 50*time.Second {
-			t.Errorf("released after %s", got)
-		}
-		done = waitAsync(t, w3)
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
-		if got := time.Since(start); got != 80*time.Second {
-			t.Errorf("the next one released after %s", got)
-		}
-		write(t, w2, b[1000:])
-		commit(t, w2, size, d)
-	})
-}
-
-func TestWaitEnds(t *testing.T) {
-	ctx, cancel := context.WithCancel(t.Context())
-	f := &filler{fill: func(ctx context.Context, in *Ingest) { <-ctx.Done() }}
-	s := open(t, Options{Filler: f})
-	b, d := random(size, 1)
-	ref := refFor("a", d)
-
-	w := writer(t, s, ref, size)
-	cancel()
-	if err := w.(Waiter).Wait(ctx); !errors.Is(err, context.Canceled) {
-		t.Errorf("ctx: %v", err)
-	}
-	if _, err := w.Write(b[:1]); err != nil {
-		t.Errorf("write after a wait that ended: %v", err)
-	}
-
-	w2 := writer(t, s, refFor("b", d), size)
-	done := waitAsync(t, w2)
-	if _, err := w2.Write(b[:1]); !errdefs.IsFailedPrecondition(err) {
-		t.Errorf("write while waiting: %v", err)
-	}
-	if err := s.Abort(t.Context(), refFor("b", d)); err != nil {
-		t.Fatal(err)
-	}
-	wantErr(t, <-done, errdefs.ErrAborted)
-
-	w3 := writer(t, s, refFor("c", d), size)
-	done = waitAsync(t, w3)
-	if err := w3.Close(); err != nil {
-		t.Fatal(err)
-	}
-	wantErr(t, <-done, errdefs.ErrFailedPrecondition)
-
-	w4 := writer(t, s, refFor("d", d), size)
-	done = waitAsync(t, w4)
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
-	wantErr(t, <-done, errdefs.ErrUnavailable)
-	_, err := s.Writer(t.Context(), content.WithRef(refFor("e", d)), content.WithDescriptor(ocispec.Descriptor{Size: size}))
-	wantErr(t, err, errdefs.ErrUnavailable)
-}
-
 func TestPanicInFill(t *testing.T) {
 	runs := 0
 	s := open(t, Options{Filler: &filler{fill: func(context.Context, *Ingest) { runs++; panic("boom") }}})
@@ -484,7 +364,7 @@ func TestOffsetThatIsNoMore(t *testing.T) {
 	}
 	peer(t, in, junk, 1000, size)
 	until(t, in, func(st State) bool { return st.Failed == 1 })
-	_, err := w.Write(b[1000:])
+	_, err := w.Write(b[1000:2000])
 	wantErr(t, err, errdefs.ErrFailedPrecondition)
 }
 
@@ -598,7 +478,7 @@ func TestFillWithoutStreams(t *testing.T) {
 	b, d := random(size, 1)
 	gone := make(chan struct{})
 	f := &filler{hear: make(chan struct{}, 8)}
-	f.fill = func(ctx context.Context, in *Ingest) {
+	f.fill = func(_ context.Context, in *Ingest) {
 		<-gone
 		if st, _ := in.Watch(); st.Waiting+st.Writing != 0 {
 			t.Errorf("state %+v", st)
@@ -616,7 +496,7 @@ func TestFillWithoutStreams(t *testing.T) {
 	go func() { done <- w.(Waiter).Wait(ctx) }()
 	until(t, in, func(st State) bool { return st.Waiting == 1 })
 	cancel()
-	<-done
+	wantErr(t, <-done, context.Canceled)
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -629,7 +509,7 @@ func TestFillWithoutStreams(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer blob.Close()
+	defer func() { _ = blob.Close() }()
 	if got, err := io.ReadAll(io.NewSectionReader(blob, 0, blob.Size())); err != nil || !bytes.Equal(got, b) {
 		t.Errorf("read %d bytes: %v", len(got), err)
 	}

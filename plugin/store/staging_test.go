@@ -261,9 +261,9 @@ func FuzzSidecar(f *testing.F) {
 			t.Fatal(err)
 		}
 		sc2, _, _, err := decodeSidecar(again)
-		third, _ := json.Marshal(sc2)
-		if err != nil || !bytes.Equal(again, third) {
-			t.Fatalf("%s, then %s: %v", again, third, err)
+		third, err2 := json.Marshal(sc2)
+		if err != nil || err2 != nil || !bytes.Equal(again, third) {
+			t.Fatalf("%s, then %s: %v, %v", again, third, err, err2)
 		}
 	})
 }

@@ -21,11 +21,10 @@ type stream struct {
 
 	waiting  bool // in Wait
 	released bool // brings bytes by itself, from pos on
-	rewound  bool // by Truncate: pos counts even when the ingest is whole
 	closed   bool
 	err      error // why it can go on no more
-	pos      int64
-	pending  int // chunks queued or being written
+	pos      int64 // where Write goes on
+	pending  int   // chunks queued or being written
 	started  time.Time
 	updated  time.Time
 }
@@ -57,12 +56,16 @@ func (w *stream) Status() (content.Status, error) {
 	if w.err != nil {
 		return content.Status{}, w.err
 	}
+	at := w.pos
 	if !w.released {
-		// A client that writes without Wait goes on from what it was told.
-		w.pos = w.in.offsetLocked()
+		at = w.in.offsetLocked()
+		if !w.in.whole {
+			// A client that writes without Wait goes on from what it was told.
+			w.pos = at
+		}
 	}
 	return content.Status{
-		Ref: w.ref, Offset: w.pos, Total: w.in.size, Expected: w.in.digest,
+		Ref: w.ref, Offset: at, Total: w.in.size, Expected: w.in.digest,
 		StartedAt: w.started, UpdatedAt: w.updated,
 	}, nil
 }
@@ -199,9 +202,6 @@ func (w *stream) beginLocked(n int) error {
 		w.failLocked(fmt.Errorf("ref %s: the first %d bytes were thrown away: %w", w.ref, w.pos, errdefs.ErrFailedPrecondition))
 		return w.err
 	}
-	if w.in.whole {
-		return nil
-	}
 	w.released, w.in.progress = true, time.Now()
 	w.in.changedLocked()
 	return nil
@@ -242,12 +242,12 @@ func (w *stream) appendLocked(p []byte) (int, error) {
 		case left < smallChunk:
 			c.buf = make([]byte, 0, left)
 		case len(p) < smallChunk:
-			c.pool = smallPool
+			c.pool = &smallPool
 		default:
-			c.pool = bigPool
+			c.pool = &bigPool
 		}
 		if c.pool != nil {
-			c.buf = *c.pool.Get().(*[]byte)
+			c.buf = c.pool.get()
 		}
 		n := min(len(p), cap(c.buf))
 		c.buf = append(c.buf, p[:n]...)
@@ -333,7 +333,7 @@ func (w *stream) Truncate(size int64) error {
 		in.mu.Unlock()
 		return err
 	}
-	w.pos, w.released, w.rewound, w.updated = 0, true, true, time.Now()
+	w.pos, w.released, w.updated = 0, true, time.Now()
 	in.changedLocked()
 	in.mu.Unlock()
 	in.discard(func() bool {
@@ -369,11 +369,8 @@ func (w *stream) committableLocked(size int64, expected digest.Digest) error {
 	if err := w.usableLocked(); err != nil {
 		return err
 	}
-	have := in.size
-	switch {
-	case w.rewound || !in.whole && w.released:
-		have = w.pos
-	case !in.whole:
+	have := w.pos
+	if !w.released {
 		have = in.offsetLocked()
 	}
 	want := in.size

@@ -73,7 +73,7 @@ func TestDiskFull(t *testing.T) {
 			if _, err := in.WriteAt(b[5000:6000], 5000); !errors.Is(err, syscall.ENOSPC) {
 				t.Errorf("peer's write: %v", err)
 			}
-			_, _ = w.Write(b[:1000]) // queued: says nothing yet, or at once
+			write(t, w, b[:1000]) // only queued: says nothing yet
 			if err := tc.end(w); !errors.Is(err, syscall.ENOSPC) {
 				t.Errorf("error %v", err)
 			}
@@ -324,7 +324,7 @@ func client(ctx context.Context, s *Store, ns string, b []byte, d digest.Digest)
 	if err != nil {
 		return err
 	}
-	defer w.Close()
+	defer func() { _ = w.Close() }()
 	if err := w.(Waiter).Wait(ctx); err != nil {
 		return err
 	}
