@@ -59,12 +59,12 @@ func routeSource(bind netip.Addr) (netip.Addr, bool) {
 		outside = append(outside, "[2001:db8::1]:9")
 	}
 	for _, to := range outside {
-		conn, err := net.Dial("udp", to)
+		conn, err := (&net.Dialer{}).DialContext(context.Background(), "udp", to) // never blocks: nothing is sent
 		if err != nil {
 			continue
 		}
-		local := conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
-		_ = conn.Close() // holds nothing
+		local := conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap() //nolint:errcheck // the address of a UDP connection
+		_ = conn.Close()                                                   // holds nothing
 		if local.IsGlobalUnicast() {
 			return local, true
 		}

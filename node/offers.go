@@ -17,7 +17,6 @@ type offers struct {
 	work    chan offerResult
 	out     chan offerResult
 	pending map[int]bool // belongs to the session
-	queue   []offerResult
 }
 
 // offerResult is a segment to be offered, with its piece hashes where they

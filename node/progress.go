@@ -145,7 +145,7 @@ func (s *session) tell(now time.Time) {
 	if proto.Equal(st, s.sent) {
 		return
 	}
-	only := proto.Clone(st).(*apiv1.Status)
+	only := proto.CloneOf(st)
 	only.Prefix, only.Present, only.Load, only.Rank = s.sent.GetPrefix(), s.sent.GetPresent(), s.sent.GetLoad(), s.sent.GetRank()
 	if proto.Equal(only, s.sent) && now.Sub(s.sentAt) < statusEvery {
 		return

@@ -77,7 +77,7 @@ func (s *contentService) Read(req *contentapi.ReadContentRequest, session conten
 		left = min(left, req.Size)
 	}
 
-	buf := s.buffers.Get().(*[]byte)
+	buf := s.buffers.Get().(*[]byte) //nolint:errcheck // nothing else is put there
 	defer s.buffers.Put(buf)
 	for sent := int64(0); left > 0; {
 		p := (*buf)[:min(left, maxReadReply)]

@@ -103,7 +103,7 @@ func removeStale(path string) error {
 	case fi.Mode().Type() != fs.ModeSocket:
 		return fmt.Errorf("%s is there and is not a socket", path)
 	}
-	c, err := net.DialTimeout("unix", path, time.Second)
+	c, err := (&net.Dialer{Timeout: time.Second}).DialContext(context.Background(), "unix", path)
 	if err == nil {
 		_ = c.Close()
 		return fmt.Errorf("socket %s is in use: another process answers on it", path)

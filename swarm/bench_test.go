@@ -1,7 +1,6 @@
 package swarm
 
 import (
-	"io"
 	"log/slog"
 	"runtime"
 	"strconv"
@@ -67,7 +66,7 @@ func BenchmarkIdle(b *testing.B) {
 	data := content(minSegment, 1)
 	source := wholeMemory(data)
 	for b.Loop() {
-		p := newPeer(b, func(o *Options) { o.Log = slog.New(slog.NewTextHandler(io.Discard, nil)) })
+		p := newPeer(b, func(o *Options) { o.Log = slog.New(slog.DiscardHandler) })
 		first, err := p.Open(digest.FromString("first"), minSegment, source)
 		if err != nil {
 			b.Fatal(err)

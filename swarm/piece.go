@@ -30,7 +30,7 @@ type Data interface {
 // buffers are what pieces are hashed through.
 var buffers = sync.Pool{New: func() any { b := make([]byte, 256<<10); return &b }}
 
-func getBuffer() *[]byte  { return buffers.Get().(*[]byte) }
+func getBuffer() *[]byte  { return buffers.Get().(*[]byte) } //nolint:errcheck // nothing else is put there
 func putBuffer(b *[]byte) { buffers.Put(b) }
 
 // gate lets Close wait until nothing touches a blob's Data any more: dropping

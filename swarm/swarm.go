@@ -267,7 +267,7 @@ func (s *Swarm) forget(b *Blob) {
 }
 
 // completedHandshake is called without the client's lock.
-func (s *Swarm) completedHandshake(c *torrent.PeerConn, h torrent.InfoHash) {
+func (s *Swarm) completedHandshake(c *torrent.PeerConn, h metainfo.Hash) {
 	f, _ := c.RemoteAddr.(*face)
 	v, _ := s.segments.Load(h)
 	seg, _ := v.(*segment)

@@ -304,7 +304,7 @@ func (c *conns) get(ctx context.Context, addr string) (*grpc.ClientConn, func(),
 			c.mu.Unlock()
 			return nil, nil, cmp.Or(cc.Close(), ErrClosed)
 		case k != nil: // another was faster
-			defer cc.Close()
+			defer func() { _ = cc.Close() }()
 		default:
 			k = &conn{cc: cc}
 			c.byAddr[addr] = k

@@ -95,9 +95,7 @@ func (s *script) tickTo(to time.Time) []string {
 		if next.IsZero() || next.After(to) {
 			return got
 		}
-		for _, c := range show(s.m.Tick(next)) {
-			got = append(got, c)
-		}
+		got = append(got, show(s.m.Tick(next))...)
 	}
 	s.t.Fatal("Next does not move on")
 	return nil

@@ -165,13 +165,6 @@ func expect(t *testing.T, s *Session, want string) {
 	}
 }
 
-func sendStatus(t *testing.T, s *Session, st *api.Status) {
-	t.Helper()
-	if err := s.Send(&api.MemberMessage{Message: &api.MemberMessage_Status{Status: st}}); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func sendSegment(s *Session, i int) error {
 	return s.Send(&api.MemberMessage{Message: &api.MemberMessage_Announce{Announce: segmentOf(i, 1)}})
 }

@@ -341,7 +341,7 @@ func (t *timers) pop(now time.Time) (wait time.Duration, due []*blob) {
 		if wait := t.heap[0].at.Sub(now); wait > 0 {
 			return wait, due
 		}
-		due = append(due, heap.Pop(&t.heap).(timer).b)
+		due = append(due, heap.Pop(&t.heap).(timer).b) //nolint:errcheck // nothing else is pushed
 	}
 	return 0, due
 }
@@ -358,7 +358,7 @@ func (h timerHeap) Less(i, j int) bool { return h[i].at.Before(h[j].at) }
 func (h timerHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
 
 // Push is part of heap.Interface.
-func (h *timerHeap) Push(x any) { *h = append(*h, x.(timer)) }
+func (h *timerHeap) Push(x any) { *h = append(*h, x.(timer)) } //nolint:errcheck // nothing else is pushed
 
 // Pop is part of heap.Interface.
 func (h *timerHeap) Pop() any {

@@ -280,7 +280,7 @@ func (c *Counter) serve() (host string, stop func() error, err error) {
 		if err := srv.Shutdown(ctx); err != nil {
 			_ = srv.Close() // the shutdown's error says more
 		}
-		<-served
+		<-served //nolint:errcheck // ErrServerClosed, and said by Shutdown
 		return nil
 	}, nil
 }

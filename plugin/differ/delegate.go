@@ -56,7 +56,7 @@ func (d *delegate) apply(ctx context.Context, desc ocispec.Descriptor, mounts []
 		return ocispec.Descriptor{}, fmt.Errorf("containerd's socket %s: %w", d.socket, err)
 	}
 	defer func() { _ = conn.Close() }()
-	applier := diffproxy.NewDiffApplier(diffapi.NewDiffClient(conn)).(diff.Applier)
+	applier := diffproxy.NewDiffApplier(diffapi.NewDiffClient(conn)).(diff.Applier) //nolint:errcheck // documented to be both
 	applied, err := applier.Apply(namespaces.WithNamespace(ctx, namespace), desc, mounts, opts...)
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("layer %v: media type %q, applied by containerd: %w", desc.Digest, desc.MediaType, err)

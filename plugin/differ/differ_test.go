@@ -203,7 +203,7 @@ func TestCancel(t *testing.T) {
 		}
 		defer func() { _ = f.Close() }()
 		ctx, cancel := context.WithCancel(t.Context())
-		_, _, err = New(Options{Blobs: b}).unpack(ctx, f, true, func(ctx context.Context, s *stream) error {
+		_, _, err = New(Options{Blobs: b}).unpack(ctx, f, true, func(_ context.Context, s *stream) error {
 			if _, err := s.Read(make([]byte, 10)); err != nil {
 				return err
 			}
@@ -225,7 +225,7 @@ func TestPanicOfDecoder(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = f.Close() }()
-	_, _, err = d.unpack(t.Context(), f, false, func(_ context.Context, s *stream) error { return nil })
+	_, _, err = d.unpack(t.Context(), f, false, func(context.Context, *stream) error { return nil })
 	if err == nil || !strings.Contains(err.Error(), "out of blocks") {
 		t.Errorf("got %v", err)
 	}

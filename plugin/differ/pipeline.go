@@ -155,7 +155,7 @@ func (d *Differ) decode(ctx context.Context, f *os.File, compressed bool, outs .
 		}
 	}()
 	for {
-		b := d.blocks.Get().(*block)
+		b := d.blocks.Get().(*block) //nolint:errcheck // nothing else is put there
 		b.n, err = fill(r, b.data)
 		if b.n > 0 {
 			b.refs.Store(int32(len(outs)))
