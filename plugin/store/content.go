@@ -169,29 +169,16 @@ func (s *Store) Abort(ctx context.Context, name string) error {
 	return err
 }
 
-// abortLocked forgets a ref and, with the last one, the ingest. mu must be
-// held.
+// abortLocked forgets a ref. mu must be held. What has come of the blob stays
+// for a while, even without a ref: containerd aborts the ingests of a pull that
+// failed, and the next try of the same pull goes on where it ended; and other
+// nodes may be taking it from here. See sweep.
 func (s *Store) abortLocked(r *ref) {
 	delete(s.refs, r.name)
 	wake(s.evict) // the ref may have kept a hidden blob
-	in := s.ingests[r.digest]
 	if w := r.stream; w != nil {
 		w.abandon(fmt.Errorf("ref %s was aborted: %w", r.name, errdefs.ErrAborted))
-		defer s.settleLocked(w.in)
-	}
-	if s.claimedLocked(r.digest) {
-		return
-	}
-	if in == nil {
-		if !r.whole {
-			s.dropStaging(r.digest)
-		}
-		return
-	}
-	if in.kill() {
-		delete(s.ingests, r.digest)
-		s.dropStaging(r.digest)
-		s.settleLocked(in)
+		s.settleLocked(w.in)
 	}
 }
 

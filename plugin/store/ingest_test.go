@@ -4,16 +4,17 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"hash"
 	"io"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -432,16 +433,13 @@ func TestTruncate(t *testing.T) {
 	wantErr(t, w3.Commit(t.Context(), size, d), errdefs.ErrFailedPrecondition)
 }
 
+// An abort ends the ref's stream and no other; what has come of the blob is
+// resumed by whoever wants it next, or removed when nobody does.
 func TestAbort(t *testing.T) {
-	ended := make(chan struct{})
-	started := make(chan *Ingest, 1)
-	f := &filler{fill: func(ctx context.Context, in *Ingest) {
+	started, leave := make(chan *Ingest, 1), make(chan struct{})
+	f := &filler{fill: func(_ context.Context, in *Ingest) {
 		started <- in
-		<-ctx.Done()
-		if _, err := in.WriteAt([]byte{1}, 0); !errors.Is(err, errdefs.ErrAborted) {
-			t.Errorf("write after the abort: %v", err)
-		}
-		ended <- struct{}{}
+		<-leave
 	}}
 	s := open(t, Options{Filler: f})
 	b, d := random(size, 1)
@@ -461,15 +459,48 @@ func TestAbort(t *testing.T) {
 	if err := s.Abort(t.Context(), refB); err != nil {
 		t.Fatal(err)
 	}
-	<-ended
 	wantErr(t, wB.Commit(t.Context(), size, d), errdefs.ErrAborted)
+	if _, err := s.Status(t.Context(), refB); !errdefs.IsNotFound(err) {
+		t.Errorf("status of an aborted ref: %v", err)
+	}
+	close(leave)
 
 	w := writer(t, s, refA, size)
-	if got := offset(t, w); got != 0 {
+	if got := offset(t, w); got != 1000 {
 		t.Fatalf("offset %d after the abort", got)
 	}
-	write(t, w, b)
+	write(t, w, b[1000:])
 	commit(t, w, size, d)
+}
+
+// Staging that no ref claims goes sooner than one that is to be resumed.
+func TestUnclaimedStagingGoesSooner(t *testing.T) {
+	s := open(t, Options{})
+	b, claimed := random(size, 1)
+	c, unclaimed := random(size, 2)
+	for d, p := range map[digest.Digest][]byte{claimed: b, unclaimed: c} {
+		w := writer(t, s, refFor("a", d), size)
+		write(t, w, p[:1000])
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Abort(t.Context(), refFor("a", unclaimed)); err != nil {
+		t.Fatal(err)
+	}
+	s.work.Wait() // kept on disk, dropped from memory
+	s.sweep(time.Now().Add(unclaimedAfter / 2))
+	if !exists(t, s.stagingPath(unclaimed)) {
+		t.Error("unclaimed staging is gone at once")
+	}
+	s.sweep(time.Now().Add(2 * unclaimedAfter))
+	if exists(t, s.stagingPath(unclaimed)) {
+		t.Error("unclaimed staging is there after its time")
+	}
+	if !exists(t, s.stagingPath(claimed)) {
+		t.Error("staging of a ref is gone before its time")
+	}
+	s.sweep(time.Now().Add(2 * abandonedAfter))
 }
 
 // Streams gone, the swarm brings the rest: the blob is kept, hidden, and shows

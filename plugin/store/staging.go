@@ -200,7 +200,14 @@ func (s *Store) sweep(now time.Time) {
 		hex, ok := strings.CutSuffix(f.Name(), sidecarSuffix)
 		d := digest.NewDigestFromEncoded(digest.SHA256, hex)
 		fi, err := f.Info()
-		if !ok || err != nil || now.Sub(fi.ModTime()) < abandonedAfter || s.ingests[d] != nil {
+		if !ok || err != nil || s.ingests[d] != nil {
+			continue
+		}
+		limit := unclaimedAfter
+		if s.claimedLocked(d) {
+			limit = abandonedAfter
+		}
+		if now.Sub(fi.ModTime()) < limit {
 			continue
 		}
 		s.log.Info("abandoned blob removed", "digest", d)

@@ -23,10 +23,13 @@ const (
 	// flushEvery is how often state.db is brought up to date.
 	flushEvery = 2 * time.Second
 	// sweepEvery is how often abandoned staging is looked for.
-	sweepEvery = time.Hour
+	sweepEvery = 10 * time.Minute
 	// abandonedAfter is the age from which staging that no stream uses is
 	// removed. containerd's leases on unfinished pulls live as long.
 	abandonedAfter = 24 * time.Hour
+	// unclaimedAfter is the same for staging without a ref: containerd has
+	// given the pull up, but its user has often not.
+	unclaimedAfter = time.Hour
 )
 
 // Options says how a Store is to be. Root is required.
