@@ -69,7 +69,7 @@ func TestFetcherKilled(t *testing.T) {
 }
 
 // TestDaemonRestarted: imagewolf is killed, or restarted, in mid-pull; the pull
-// that is tried again succeeds.
+// that is tried again goes on from about the byte reached.
 func TestDaemonRestarted(t *testing.T) {
 	ways := map[string]func(*harness.ImageWolf) error{
 		"killed":  func(i *harness.ImageWolf) error { i.Kill(); return nil },
@@ -98,11 +98,10 @@ func TestDaemonRestarted(t *testing.T) {
 					must(t, harness.Poll(soon, 200*time.Millisecond, func() error { return n.Pull(ctx, w.ns, img.Ref) }))
 				}
 				whole(ctx, t, w.ns, img, n)
-				// Whether it goes on from the byte reached is not only up to us: a
-				// 2.x whose pull has failed drops its lease, and its garbage
-				// collector, when it comes before the next pull, the ingest.
+				// A daemon that is killed has noted what it had 16 MiB ago at the
+				// most; some more was under way.
 				t.Log("the first pull succeeded:", err == nil, registry.Gets(img.Layer(0)))
-				if got := registry.Bytes(""); got > 2*img.Bytes() {
+				if got := registry.Bytes(""); got > img.Bytes()+26*mib {
 					t.Errorf("the registry sent %d bytes for an image of %d", got, img.Bytes())
 				}
 			})
