@@ -15,10 +15,12 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
@@ -42,11 +44,10 @@ type Node struct {
 	book     *book
 	store    *store.Store // set by Run before anything else starts
 
-	mu    sync.Mutex
-	stack *stack                  // guarded by mu; nil while the cluster's side is down
-	held  map[digest.Digest]int64 // guarded by mu: every whole blob and its size
-	// sessions holds what ends each blob's session; a blob has one at most.
-	sessions map[digest.Digest]context.CancelFunc // guarded by mu
+	mu       sync.Mutex
+	stack    *stack                   // guarded by mu; nil while the cluster's side is down
+	held     map[digest.Digest]int64  // guarded by mu: every whole blob and its size
+	sessions map[digest.Digest]*entry // guarded by mu: a blob has one session at most
 }
 
 // New checks what can be checked without touching anything: above all that
@@ -77,7 +78,7 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 	}
 	return &Node{
 		cfg: cfg, log: log, identity: id, book: newBook(),
-		held: map[digest.Digest]int64{}, sessions: map[digest.Digest]context.CancelFunc{},
+		held: map[digest.Digest]int64{}, sessions: map[digest.Digest]*entry{},
 	}, nil
 }
 
@@ -121,7 +122,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 // runStack keeps the cluster's side alive for as long as the node lives.
 func (n *Node) runStack(ctx context.Context) {
 	for ctx.Err() == nil {
-		if err := n.guard(func() error { return n.serveStack(ctx) }); err != nil && ctx.Err() == nil {
+		if err := guard(func() error { return n.serveStack(ctx) }); err != nil && ctx.Err() == nil {
 			n.log.Error("the cluster's side ended: pulls go to the registry until it is back",
 				"err", err, "retry", stackRetry)
 		}
@@ -132,12 +133,13 @@ func (n *Node) runStack(ctx context.Context) {
 	}
 }
 
-// guard turns a panic of f into an error: nothing of the cluster's may take
-// the store down.
-func (n *Node) guard(f func() error) (err error) {
+// guard turns a panic of f into an error, so that the cluster's side does not
+// take the store down with it. The torrent library's own goroutines are beyond
+// its reach; package swarm keeps from them what is known to make them panic.
+func guard(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v", p)
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
 	return f()
@@ -191,7 +193,7 @@ func (n *Node) Fill(ctx context.Context, in *store.Ingest) {
 		case <-st.ctx.Done():
 		case <-ctx.Done():
 		}
-		n.session(ctx, st, in.Digest(), func(ctx context.Context) {
+		n.session(ctx, st, in.Digest(), false, func(ctx context.Context) {
 			newSession(n, st, in.Digest(), in.Size(), in).run(ctx)
 		})
 	}
@@ -212,34 +214,68 @@ func (n *Node) Removed(d digest.Digest) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	delete(n.held, d)
-	if end := n.sessions[d]; end != nil {
-		end()
+	if e := n.sessions[d]; e != nil && e.seed {
+		e.end()
 	}
 	if n.stack != nil {
 		n.stack.registrar.Remove(d)
 	}
 }
 
-// session runs f as the one session that a blob has on this node, and does
-// nothing if it has one already. f's context ends with ctx, with the cluster's
-// side, and when the blob is removed.
-func (n *Node) session(ctx context.Context, st *stack, d digest.Digest, f func(ctx context.Context)) {
+// entry is a blob's session as the node sees it.
+type entry struct {
+	seed    bool // serves a blob that is whole; else fills an ingest
+	leaving bool // is of no more use; guarded by Node.mu
+	end     context.CancelFunc
+	done    chan struct{} // closed when it has ended
+}
+
+// session runs f as the one session that a blob has on this node. f's context
+// ends with ctx, with the cluster's side, and, for a seed, when the blob is
+// removed. One that is ending is waited for. A seed finds another that is alive
+// and does nothing: the tracker knows that one. An ingest that is to be filled
+// is new, so that another session is that of a blob that is no more.
+func (n *Node) session(ctx context.Context, st *stack, d digest.Digest, seed bool, f func(ctx context.Context)) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(st.ctx, cancel)()
-	n.mu.Lock()
-	if n.sessions[d] != nil {
+	e := &entry{seed: seed, end: cancel, done: make(chan struct{})}
+	for {
+		n.mu.Lock()
+		old := n.sessions[d]
+		if old == nil {
+			n.sessions[d] = e
+			n.mu.Unlock()
+			break
+		}
+		alive := !old.leaving
 		n.mu.Unlock()
-		return
+		if alive && seed {
+			return
+		}
+		old.end()
+		select {
+		case <-old.done:
+		case <-ctx.Done():
+			return
+		}
 	}
-	n.sessions[d] = cancel
-	n.mu.Unlock()
 	defer func() {
 		n.mu.Lock()
 		delete(n.sessions, d)
 		n.mu.Unlock()
+		close(e.done)
 	}()
 	f(ctx)
+}
+
+// leaving says that a blob's session is about to end.
+func (n *Node) leaving(d digest.Digest) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if e := n.sessions[d]; e != nil {
+		e.leaving = true
+	}
 }
 
 // seed joins a blob's swarm as a seeder, because a tracker asks for it.
@@ -247,7 +283,9 @@ func (n *Node) seed(ctx context.Context, st *stack, d digest.Digest) {
 	b, err := n.store.OpenBlob(d)
 	if err != nil {
 		n.log.Info("blob cannot be seeded", "digest", d, "err", err)
-		n.Removed(d)
+		if errdefs.IsNotFound(err) {
+			n.Removed(d)
+		}
 		return
 	}
 	defer func() {

@@ -370,6 +370,37 @@ func TestFetchersClientDies(t *testing.T) {
 	}
 }
 
+// A client whose connection to the registry hangs does not hold the other
+// clients of its node for longer than max_wait.
+func TestHungClientHoldsNobody(t *testing.T) {
+	cfg := testConfig(t, "node0", cluster.GenerateKey(), "")
+	cfg.Tracker.MaxWait = config.Duration(2 * time.Second)
+	tn := startNode(t, cfg)
+	tn.awaitMembers(t, 1)
+	r := newRegistry(t, 4<<20)
+	hung, release := make(chan struct{}), make(chan struct{})
+	var first atomic.Bool
+	r.gate = func(off int64) {
+		if off >= 1<<20 && first.CompareAndSwap(false, true) {
+			close(hung)
+			<-release
+		}
+	}
+	one := make(chan error, 1)
+	go func() { one <- tn.pull(t.Context(), r, "one") }()
+	<-hung
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := tn.pull(ctx, r, "two"); err != nil {
+		t.Error(err)
+	}
+	close(release)
+	if err := <-one; err != nil {
+		t.Error(err)
+	}
+	tn.check(t, r)
+}
+
 // A seeder whose disk lies: the pull is right all the same, from the registry.
 func TestWrongBytesEndAtTheRegistry(t *testing.T) {
 	nodes := startNodes(t, 2)

@@ -43,7 +43,10 @@ func (o *offers) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case w := <-o.work:
-			w.pieces, w.err = o.blob.Offer(ctx, w.segment, w.pieces)
+			w.err = guard(func() (err error) {
+				w.pieces, err = o.blob.Offer(ctx, w.segment, w.pieces)
+				return err
+			})
 			select {
 			case <-ctx.Done():
 				return

@@ -13,8 +13,12 @@ import (
 // swarm (new segments), the tracker (status), and the client that waits.
 func (s *session) look(ctx context.Context) {
 	now := time.Now()
-	if s.failed != s.state.Failed {
+	switch {
+	case s.failed != s.state.Failed:
 		s.bad(ctx)
+	case s.state.Present < s.seen.Present:
+		s.log.Warn("the store has thrown away what was here of the blob")
+		s.restart(ctx)
 	}
 	s.progress(now)
 	s.node.book.fetching(s.digest, s.state.Writing > 0 && !s.state.Whole)
@@ -44,6 +48,9 @@ func (s *session) progress(now time.Time) {
 			s.usedAt = stats.LastActive
 		}
 	}
+	if state.Whole && !s.seen.Whole {
+		s.report()
+	}
 	s.seen = state
 }
 
@@ -62,7 +69,8 @@ func (s *session) offer() {
 		}
 		off, length := s.layout.Segment(i)
 		if s.content.Present(off, length) {
-			s.offers.add(i, s.pieces[i])
+			// Hashes that a peer told are not handed on as this node's own.
+			s.offers.add(i, s.recalled[i])
 		}
 	}
 }
@@ -166,18 +174,25 @@ func (s *session) send(m *apiv1.MemberMessage) {
 // patience bounds the wait of a client that sees no new byte: first the
 // tracker is asked again, in the end the client goes to the registry.
 func (s *session) patience(now time.Time) {
-	if s.state.Waiting == 0 || s.state.Writing > 0 || s.state.Whole {
+	if s.state.Waiting == 0 || s.state.Whole {
+		return
+	}
+	if s.ownWay {
+		s.fetch()
 		return
 	}
 	cfg := s.node.cfg.Tracker
 	still := now.Sub(s.movedAt)
 	if still >= cfg.MaxWait.Duration() {
-		s.log.Info("no byte from the swarm: going to the registry", "waited", still, "prefix", s.state.Prefix)
+		// Also when another client of this node is at the registry already: its
+		// connection may hang.
+		s.log.Info("no new byte: going to the registry", "waited", still, "prefix", s.state.Prefix)
 		s.movedAt = now
-		s.fetch()
+		s.content.Fetch()
+		s.state, _ = s.content.Watch()
 		return
 	}
-	if still >= cfg.StallTimeout.Duration() && now.Sub(s.askedAt) >= cfg.StallTimeout.Duration() {
+	if s.state.Writing == 0 && still >= cfg.StallTimeout.Duration() && now.Sub(s.askedAt) >= cfg.StallTimeout.Duration() {
 		s.askedAt = now
 		s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Ask{Ask: &apiv1.Ask{}}})
 	}
@@ -195,15 +210,21 @@ func (s *session) bad(ctx context.Context) {
 	s.log.Error("bytes from the swarm do not have the digest: thrown away, going to the registry", "sources", sources)
 	s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Bad{Bad: &apiv1.Bad{Sources: sources}}})
 	s.ownWay = true
+	s.restart(ctx)
+	s.fetch()
+}
+
+// restart forgets all that was known of bytes that are no more.
+func (s *session) restart(ctx context.Context) {
 	s.shut()
 	clear(s.pieces)
+	clear(s.recalled)
 	clear(s.peers)
 	clear(s.announced)
 	s.from, s.asLeecher = 0, 0
 	if err := s.open(ctx); err != nil {
 		s.log.Warn("blob is not shared", "err", err)
 	}
-	s.fetch()
 }
 
 // done says that nobody needs the session any more.

@@ -64,6 +64,7 @@ type session struct {
 	state      store.State
 	pieces     map[int][]byte   // hashes of the segments known so far
 	peers      map[int][]string // of segments that nobody here has wanted yet
+	recalled   map[int][]byte   // hashes that this node made when it first had the blob
 	announced  map[int]bool     // segments whose torrents are ready here and told
 	sent       *apiv1.Status    // the last Status sent
 	sentAt     time.Time
@@ -76,7 +77,7 @@ type session struct {
 	usedAt     time.Time // when the session was last of use to anyone
 	started    time.Time
 	from       int64 // bytes that were here when the session began
-	asLeecher  int64 // bytes that came while no client wrote: from the swarm
+	asLeecher  int64 // bytes that came from peers
 }
 
 // trackerSession is the part of tracker.Session that a session speaks to.
@@ -95,6 +96,7 @@ func newSession(n *Node, st *stack, d digest.Digest, size int64, c source) *sess
 		layout:    swarm.LayoutOf(size),
 		pieces:    map[int][]byte{},
 		peers:     map[int][]string{},
+		recalled:  map[int][]byte{},
 		announced: map[int]bool{},
 		movedAt:   now, usedAt: now, started: now,
 	}
@@ -107,6 +109,7 @@ func (s *session) run(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer s.leave()
+	defer s.node.leaving(s.digest)
 	state, changed := s.content.Watch()
 	s.state, s.from, s.failed = state, state.Present, state.Failed
 	s.node.book.enter(s.digest)
@@ -169,7 +172,6 @@ func (s *session) leave() {
 		s.tracker.Close()
 	}
 	s.shut()
-	s.report()
 }
 
 // shut drops the torrents and waits until nothing touches the content.
@@ -184,9 +186,9 @@ func (s *session) shut() {
 	s.blob, s.offers = nil, nil
 }
 
-// report says once, at the end, where a blob came from.
+// report says, when a blob has become whole, where it came from.
 func (s *session) report() {
-	if !s.state.Whole || s.from == s.size {
+	if s.from == s.size {
 		return
 	}
 	s.log.Info("blob is here", "peer_bytes", s.asLeecher,
@@ -283,6 +285,7 @@ func (s *session) inline(data []byte) {
 	if err := s.content.MarkPresent(0, s.size); err != nil {
 		s.log.Warn("inline blob not taken", "err", err)
 	}
+	s.asLeecher = s.size
 	s.inlineSent = true // whoever sent it has told the tracker already
 }
 

@@ -30,6 +30,10 @@ const (
 	pingTimeout = 3 * time.Second
 )
 
+// returnEvery is how often sessions that had to go to the next best tracker
+// look whether the best one answers again.
+const returnEvery = 10 * time.Second
+
 // stack is the cluster's side of a node: membership, the data port, the
 // swarm, and both halves of the tracker. It lives and dies as one.
 type stack struct {
@@ -89,8 +93,8 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 	})
 	st.registrar = tracker.NewRegistrar(st.tracker, func(d digest.Digest) {
 		st.seeds.Go(func() {
-			err := n.guard(func() error {
-				n.session(st.ctx, st, d, func(ctx context.Context) { n.seed(ctx, st, d) })
+			err := guard(func() error {
+				n.session(st.ctx, st, d, true, func(ctx context.Context) { n.seed(ctx, st, d) })
 				return nil
 			})
 			if err != nil {
@@ -110,16 +114,24 @@ func (st *stack) run(ctx context.Context) error {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingEvery / 2, PermitWithoutStream: true}),
 	)
 	st.server.Register(srv)
-	g.Go(func() error { return named("data port", st.port.Run(ctx)) })
-	g.Go(func() error { return named("gossip", st.cluster.Run(ctx)) })
-	g.Go(func() error { return named("swarm", st.swarm.Run(ctx)) })
-	g.Go(func() error { return named("tracker", st.server.Run(ctx)) })
-	g.Go(func() error { return named("registrar", st.registrar.Run(ctx)) })
-	g.Go(func() error { return named("grpc", srv.Serve(st.port.GRPC())) })
-	g.Go(func() error { st.follow(ctx); return nil })
+	part := func(name string, run func(ctx context.Context) error) {
+		g.Go(func() error { return named(name, guard(func() error { return run(ctx) })) })
+	}
+	registered := make(chan struct{})
+	part("data port", st.port.Run)
+	part("gossip", st.cluster.Run)
+	part("swarm", st.swarm.Run)
+	part("tracker", st.server.Run)
+	part("registrar", func(ctx context.Context) error {
+		defer close(registered)
+		return st.registrar.Run(ctx)
+	})
+	part("grpc", func(context.Context) error { return srv.Serve(st.port.GRPC()) })
+	part("membership", st.follow)
 	g.Go(func() error {
 		<-ctx.Done()
-		st.cancel() // sessions end first: they hold torrents and streams
+		st.cancel()  // sessions end first: they hold torrents and streams
+		<-registered // no more seeds begin
 		st.seeds.Wait()
 		srv.Stop()
 		return nil
@@ -129,7 +141,7 @@ func (st *stack) run(ctx context.Context) error {
 
 // follow tells the tracker's clients when the cluster's members have changed,
 // and with them who tracks which blob.
-func (st *stack) follow(ctx context.Context) {
+func (st *stack) follow(ctx context.Context) error {
 	warmer := tracker.NewWarmer(st.tracker)
 	defer warmer.Close()
 	meet := sync.OnceFunc(func() { close(st.company) })
@@ -148,8 +160,9 @@ func (st *stack) follow(ctx context.Context) {
 		st.tracker.TrackersChanged()
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-changed:
+		case <-time.After(returnEvery):
 		}
 	}
 }

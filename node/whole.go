@@ -42,9 +42,9 @@ func (s *session) recallPieces() {
 	for i := range s.layout.Segments() {
 		n := 20 * s.layout.Pieces(i)
 		if n > len(all) {
-			clear(s.pieces)
+			clear(s.recalled)
 			return
 		}
-		s.pieces[i], all = all[:n], all[n:]
+		s.recalled[i], all = all[:n], all[n:]
 	}
 }

@@ -257,8 +257,8 @@ func (c *Client) TrackersChanged() {
 		joined := s.joined
 		c.mu.Unlock()
 		// One that is with the next best because the best does not answer
-		// stays there.
-		if best := c.inOrder(s.digest); joined && len(best) > 0 && best[0] != s.tracker {
+		// stays there for as long as that is so.
+		if all := c.o.Trackers(s.digest); joined && len(all) > 0 && all[0] != s.tracker && !c.avoided(all[0]) {
 			s.fail(ErrMoved)
 			s.cancel()
 		}

@@ -480,21 +480,26 @@ var machineTests = []struct {
 			1ms   status a prefix=-1 present=1000000`},
 	{name: "one reporter bans for itself, two for all", lines: `
 			0s    join s whole has=0    > s wait
-			0s    join a                > a seg0*(s)
-			0s    join b                > b seg0*(a)
+			0s    join a can            > a seg0*(s)
+			0s    join b can            > b seg0*(a)
 			500ms bad a s               > a seg0(b), b seg0(s)
 			501ms ask a                 > a wait
 			502ms bad a s
-			503ms bad b s
+			503ms bad b s               > b fetch
 			504ms join c               > c wait
 			505ms status s -whole can  > s fetch`},
 	{name: "a member that throws its bytes away is no holder any more", lines: `
 			0s    join s whole has=0    > s wait
-			0s    join a                > a seg0*(s)
+			0s    join a can            > a seg0*(s)
 			0s    status a present=4 prefix=4
 			1s    announce a 0
-			1s    join b                > b seg0*(a+s)
+			1s    join b can            > b seg0*(a+s)
 			2s    status a present=0 prefix=0 > a seg0*(b)`},
+	{name: "a member whose client has gone is no first hop", lines: `
+			0s    join s whole has=0    > s wait
+			0s    join a can            > a seg0*(s)
+			0s    join b can            > b seg0*(a)
+			10ms  status a -can         > b seg0(s)`},
 	{name: "a member of the same name replaces the old one", lines: `
 			0s    join a can            > a fetch
 			0s    join b can            > b wait

@@ -104,10 +104,16 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		x.told = time.Time{} // the client that was to be sent is gone
 	}
 	lost := present < x.present && !s.GetWhole()
+	turned := x.class != gone && x.canFetch != s.GetCanFetch()
 	x.prefix, x.present = prefix, present
 	x.canFetch, x.fetching, x.whole = s.GetCanFetch(), s.GetFetching(), s.GetWhole()
 	x.load, x.rank = s.GetLoad(), s.GetRank()
 	m.sort(now, x)
+	if turned { // its client has come or gone, and with it the use of a first hop
+		for i := range m.segs {
+			m.mendHop(i)
+		}
+	}
 	if lost {
 		m.lose(now, x)
 		return true

@@ -162,9 +162,10 @@ func (m *Machine) pickHop(i int, origin *member) *member {
 	return best
 }
 
-// lacks says whether y is a leecher that has yet to get a segment.
+// lacks says whether y is a leecher that has yet to get a segment, and wants
+// it: one whose client has gone takes no more.
 func (m *Machine) lacks(i int, y *member) bool {
-	return y.class == leecher && !y.has[i] && y.present < m.size
+	return y.class == leecher && y.canFetch && !y.has[i] && y.present < m.size
 }
 
 // heavier compares rendezvous weights for a segment.
