@@ -8,8 +8,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/imagewolf/imagewolf/integration/harness"
 	"golang.org/x/sys/unix"
+
+	"github.com/imagewolf/imagewolf/integration/harness"
 )
 
 // BenchmarkLone compares a lone node's pull, unpacking included, through
