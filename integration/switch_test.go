@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/imagewolf/imagewolf/integration/harness"
 )
@@ -171,6 +172,25 @@ func TestImport(t *testing.T) {
 			must(t, f.Close())
 			must(t, err)
 			must(t, to.Readable(ctx, w.ns, map[string]int64{digest: int64(len(data))}))
+		}
+	})
+}
+
+// TestForeignLayer: a layer that only containerd can open is unpacked as it is
+// without ImageWolf: through its own differ, with its stream processor.
+func TestForeignLayer(t *testing.T) {
+	each(t, func(ctx context.Context, t *testing.T, w *world) {
+		sealed := newLayer(t, harness.Gzip, harness.Join(harness.Program(env), harness.Random(mib)))
+		sealed.Seal()
+		img, err := registry.Push(ctx, fmt.Sprintf("sealed-%d", time.Now().UnixNano()), sealed)
+		must(t, err)
+		n := w.Nodes[0]
+		must(t, n.Pull(ctx, w.ns, img.Ref))
+		whole(ctx, t, w.ns, img, n)
+		runs(ctx, t, w.ns, img, n)
+		must(t, w.Nodes[1].PullCRI(ctx, img.Ref))
+		if w.version == harness.V2 {
+			must(t, w.Nodes[2].Pull(ctx, w.ns, img.Ref, "--local"))
 		}
 	})
 }

@@ -101,6 +101,11 @@ func (c *Containerd) Log() string { return filepath.Join(c.Dir, "containerd.log"
 
 func (c *Containerd) hostsDir() string { return filepath.Join(c.Dir, "certs") }
 
+// Sealed is the media type of a layer that only containerd can open, with a
+// stream processor of its own. That one does nothing: to a differ which does not
+// know it, it stands for encrypted layers.
+const Sealed = "application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
+
 // configs are what a node's containerd is told, by major version. NRI and the
 // opt directory would be at places shared by all nodes of the machine.
 var configs = template.Must(template.New("").Parse(`
@@ -132,6 +137,10 @@ disabled_plugins = ["io.containerd.content.v1.content"]
   disable = true
 [plugins."io.containerd.internal.v1.opt"]
   path = "{{.Dir}}/opt"
+[stream_processors.sealed]
+  accepts = ["{{.Sealed}}"]
+  returns = "application/vnd.oci.image.layer.v1.tar+gzip"
+  path = "/bin/cat"
 {{end}}
 {{- define "2" -}}
 version = 3
@@ -174,9 +183,9 @@ func (c *Containerd) Start(ctx context.Context, o ContainerdOptions) error {
 	c.opts = o
 	var text strings.Builder
 	err := configs.ExecuteTemplate(&text, c.Version[:1], struct {
-		Dir  string
-		Opts ContainerdOptions
-	}{c.Dir, o})
+		Dir, Sealed string
+		Opts        ContainerdOptions
+	}{c.Dir, Sealed, o})
 	if err != nil {
 		return fmt.Errorf("containerd's configuration: %w", err)
 	}

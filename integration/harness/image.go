@@ -57,6 +57,9 @@ type Layer struct {
 
 var _ v1.Layer = (*Layer)(nil)
 
+// Seal gives the layer, packed with Gzip, the media type Sealed.
+func (l *Layer) Seal() { l.mediaType = Sealed }
+
 // NewLayer packs content into a layer.
 func NewLayer(e *Env, compression Compression, content Content) (_ *Layer, err error) {
 	dir, err := e.Dir("layers")
