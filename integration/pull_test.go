@@ -15,6 +15,8 @@ import (
 func TestColdPull(t *testing.T) {
 	each(t, func(ctx context.Context, t *testing.T, w *world) {
 		img := image(ctx, t, 8, 8, 8, 8)
+		// Slow enough for the layers to be on their way at the same time.
+		registry.Behave(harness.Behavior{Rate: 24 * mib})
 		took, err := w.PullAll(ctx, w.ns, img.Ref)
 		must(t, err)
 		sent(t, img.Bytes())

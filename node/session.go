@@ -22,7 +22,7 @@ const (
 	// pace is how often, at the most, a session looks at its blob. Every
 	// chunk that arrives is a change; looking at each would cost more than
 	// the transfer.
-	pace = 20 * time.Millisecond
+	pace = 5 * time.Millisecond
 	// statusEvery is the least time between two Status messages that report
 	// nothing but progress.
 	statusEvery = 200 * time.Millisecond
@@ -141,6 +141,9 @@ func (s *session) run(ctx context.Context) {
 			continue
 		case <-tick.C:
 		case <-changed:
+			if s.blob == nil {
+				break // a small blob has few changes, and others wait for each
+			}
 			// Give more changes time to come, then see them all at once.
 			select {
 			case <-ctx.Done():
