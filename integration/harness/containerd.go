@@ -103,8 +103,9 @@ func (c *Containerd) hostsDir() string { return filepath.Join(c.Dir, "certs") }
 
 // Sealed is the media type of a layer that only containerd can open, with a
 // stream processor of its own. That one does nothing: to a differ which does not
-// know it, it stands for encrypted layers.
-const Sealed = "application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
+// know it, it stands for encrypted layers. (Those themselves have a processor
+// in containerd's defaults, and which of two is taken is left to chance.)
+const Sealed = "application/vnd.oci.image.layer.v1.tar+gzip+sealed"
 
 // configs are what a node's containerd is told, by major version. NRI and the
 // opt directory would be at places shared by all nodes of the machine.
