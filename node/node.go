@@ -16,7 +16,6 @@ import (
 	"net"
 	"os"
 	"runtime/debug"
-	"strings"
 	"sync"
 	"time"
 
@@ -61,13 +60,9 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 		}
 		c.Name = host
 	}
-	key := c.ClusterKey
-	if c.ClusterKeyFile != "" {
-		text, err := os.ReadFile(c.ClusterKeyFile)
-		if err != nil {
-			return nil, fmt.Errorf("cluster.cluster_key_file: %w", err)
-		}
-		key = strings.TrimSpace(string(text))
+	key, err := c.Key()
+	if err != nil {
+		return nil, err
 	}
 	id, err := cluster.LoadIdentity(cluster.IdentityOptions{
 		ClusterKey: key, CertFile: c.CertFile, KeyFile: c.KeyFile, CAFile: c.CAFile,

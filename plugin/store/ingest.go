@@ -50,7 +50,7 @@ type Ingest struct {
 	hashing, pumping, retiring bool // guarded by mu; the goroutine of that job runs
 	finishing                  bool // guarded by mu; all is there and being checked, synced, renamed
 	whole                      bool // guarded by mu
-	dead                       bool // guarded by mu; aborted: its staging is no longer its own
+	dead                       bool // guarded by mu; gave way to one of another size: its staging is no longer its own
 	failed                     int  // guarded by mu; State.Failed
 
 	filling  bool               // guarded by mu

@@ -51,7 +51,7 @@ type Filler interface {
 	// first Wait on. When it returns before the ingest is whole, the streams
 	// that wait are released to the registry, one at a time; a later Wait
 	// starts it again. It may go on after the ingest is whole, to seed it.
-	// ctx ends when the ingest is aborted or the store closes. After Fill has
+	// ctx ends when another size is wanted of the digest or the store closes. After Fill has
 	// returned the ingest must not be used.
 	Fill(ctx context.Context, in *Ingest)
 	// Added says that the blob is whole and can be seeded. It is called for
