@@ -163,7 +163,7 @@ func (c *Cluster) Close() error {
 func (c *Cluster) together(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	return Poll(ctx, 50*time.Millisecond, func() error {
+	err := Poll(ctx, 50*time.Millisecond, func() error {
 		for _, n := range c.Nodes {
 			if err := n.Wolf.knows(c.Nodes); err != nil {
 				return err
@@ -171,6 +171,10 @@ func (c *Cluster) together(ctx context.Context) error {
 		}
 		return nil
 	})
+	if err != nil {
+		return fmt.Errorf("%w\n%s", err, c.Logs())
+	}
+	return nil
 }
 
 // PullAll pulls an image on all nodes at the same moment and returns each

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -44,11 +45,7 @@ func NewClusterKey(ctx context.Context, e *Env) (string, error) {
 
 // newImageWolf prepares a daemon for the containerd of a node.
 func newImageWolf(e *Env, name, dir, key string, c *Containerd) (*ImageWolf, error) {
-	gossip, err := freeAddress(true)
-	if err != nil {
-		return nil, err
-	}
-	data, err := freeAddress(false)
+	gossip, data, err := freeAddresses()
 	if err != nil {
 		return nil, err
 	}
@@ -58,28 +55,38 @@ func newImageWolf(e *Env, name, dir, key string, c *Containerd) (*ImageWolf, err
 	}, nil
 }
 
-// freeAddress returns a loopback address that was free a moment ago, for TCP
-// and, if asked, for UDP as well. The others must know it before the daemon
-// listens, so that port 0 is no help.
-func freeAddress(udp bool) (string, error) {
-	var err error
+// freeAddresses returns two addresses for a daemon, the first free for TCP and
+// UDP, the second for TCP. The others must know them before the daemon listens,
+// so that port 0 is no help, and on 127.0.0.1 a port that was free a moment ago
+// may by then be some connection's own. So every daemon gets a loopback address
+// of its own, from which nothing connects.
+func freeAddresses() (gossip, data string, err error) {
 	for range 20 {
-		var l net.Listener
-		if l, err = (&net.ListenConfig{}).Listen(context.Background(), "tcp", "127.0.0.1:0"); err != nil {
-			break
-		}
-		addr := l.Addr().String()
-		if udp {
-			var p net.PacketConn
-			if p, err = (&net.ListenConfig{}).ListenPacket(context.Background(), "udp", addr); err == nil {
-				err = p.Close()
-			}
-		}
-		if err = errors.Join(err, l.Close()); err == nil {
-			return addr, nil
+		host := fmt.Sprintf("127.%d.%d.%d", 16+rand.N(200), rand.N(256), 1+rand.N(254))
+		if gossip, data, err = freeOn(host); err == nil {
+			return gossip, data, nil
 		}
 	}
-	return "", fmt.Errorf("free port: %w", err)
+	return "", "", fmt.Errorf("free ports: %w", err)
+}
+
+func freeOn(host string) (gossip, data string, err error) {
+	var lc net.ListenConfig
+	g, err := lc.Listen(context.Background(), "tcp", net.JoinHostPort(host, "0"))
+	if err != nil {
+		return "", "", err
+	}
+	defer func() { err = errors.Join(err, g.Close()) }()
+	u, err := lc.ListenPacket(context.Background(), "udp", g.Addr().String())
+	if err != nil {
+		return "", "", err
+	}
+	defer func() { err = errors.Join(err, u.Close()) }()
+	d, err := lc.Listen(context.Background(), "tcp", net.JoinHostPort(host, "0"))
+	if err != nil {
+		return "", "", err
+	}
+	return g.Addr().String(), d.Addr().String(), d.Close()
 }
 
 // Socket is the path of the socket that containerd connects to.
