@@ -142,7 +142,7 @@ func (m *Machine) hedge(now time.Time) {
 		if f.present >= m.size {
 			return // has all, is checking it
 		}
-		due = later(due, f.moved.Add(m.stall))
+		due = later(due, f.moved.Add(m.patience(f)))
 	}
 	if now.Before(due) {
 		m.wakeAt(due)
@@ -159,6 +159,20 @@ func (m *Machine) hedge(now time.Time) {
 		m.tell(now, best)
 		m.wakeAt(now.Add(m.stall))
 	}
+}
+
+// patience is how long a fetcher may stand still before another is sent beside
+// it. containerd hands bytes on 1 MiB at a time, so on a slow line a fetcher
+// seems to stand still between two of them, and a second one would make the
+// line slower yet.
+func (m *Machine) patience(f *member) time.Duration {
+	if !f.fetching {
+		return m.stall // it was told, and its client has not even begun
+	}
+	if f.gap == 0 {
+		return 2 * m.stall
+	}
+	return min(max(2*f.gap, m.stall), m.stall+slowSlack)
 }
 
 // expireTold takes the role from members that were told to fetch long ago and

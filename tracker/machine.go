@@ -41,6 +41,16 @@ const (
 	// nudgeAfter is how long a leecher may go without progress before it is
 	// given more peers.
 	nudgeAfter = time.Second
+	// hopPatience is how long a leecher that knows others who have a segment,
+	// or are to have it, goes without progress before it is sent to an origin:
+	// in a slow network, and with many segments at once, a piece takes that
+	// long to come.
+	hopPatience = 3 * time.Second
+	// maxPace bounds how much longer a slow network makes these times.
+	maxPace = 5 * time.Second
+	// slowSlack is how much longer than the stall timeout a fetcher on a slow
+	// line may go without a new byte.
+	slowSlack = 3 * time.Second
 	// askAgain is how often a member's Ask is listened to.
 	askAgain = 250 * time.Millisecond
 	// sweepEvery is how often all leechers are looked at.
@@ -132,7 +142,9 @@ type Machine struct {
 	progressed  time.Time // when any member last had more bytes
 	graceUntil  time.Time
 	resumeUntil time.Time
-	loadedSince time.Time // since when every candidate is too busy
+	newest      time.Time     // when a segment was last held for the first time
+	pace        time.Duration // how long a segment takes from one place to the next
+	loadedSince time.Time     // since when every candidate is too busy
 	lastTell    time.Time
 	wake        time.Time // when decide wants to be called again
 	sweepAt     time.Time

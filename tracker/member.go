@@ -43,11 +43,13 @@ type member struct {
 	knows []bool      // per segment: has been sent the piece hashes
 	given [][]*member // per segment that it lacks: the peers it was told
 
-	told   time.Time // when it was told to fetch; zero once it is known to, or not to
-	losses int       // times it had fewer bytes than before
-	tells  int       // times it was told in vain
-	moved  time.Time // when it last had more bytes, or became fetcher
-	heard  time.Time // when it joined or last brought something for the others
+	chosen int           // times it was first hop or a zone's entry
+	told   time.Time     // when it was told to fetch; zero once it is known to, or not to
+	losses int           // times it had fewer bytes than before
+	tells  int           // times it was told in vain
+	moved  time.Time     // when it last had more bytes, or became fetcher
+	gap    time.Duration // between the last moves of a fetcher; 0 before its first byte
+	heard  time.Time     // when it joined or last brought something for the others
 	nudged time.Time
 	asked  time.Time
 }
@@ -80,6 +82,9 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	prefix := min(max(s.GetPrefix(), 0), m.size)
 	present := min(max(s.GetPresent(), prefix), m.size)
 	if present != x.present {
+		if x.class == fetcher {
+			x.gap = max(now.Sub(x.moved), x.gap/2)
+		}
 		x.moved = now
 		if present > x.present {
 			m.progressed = now
@@ -111,7 +116,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	m.sort(now, x)
 	if turned { // its client has come or gone, and with it the use of a first hop
 		for i := range m.segs {
-			m.mendHop(i)
+			m.mend(i)
 		}
 	}
 	if lost {
@@ -155,6 +160,7 @@ func (m *Machine) reclass(now time.Time, x *member, to class) {
 		m.fetchers = remove(m.fetchers, x)
 	}
 	if x.class != fetcher && to == fetcher {
+		x.gap = 0
 		m.fetchers = append(m.fetchers, x)
 		m.promote(x)
 	}

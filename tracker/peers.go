@@ -2,6 +2,7 @@ package tracker
 
 import (
 	"bytes"
+	"cmp"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -15,6 +16,8 @@ type segment struct {
 	origins []*member           // holders that have it from outside the swarm
 	relays  []*member           // holders that have it from other members
 	hops    map[*member]*member // origin -> the one leecher that was given its address
+	entries map[string]*member  // zone -> the one leecher that was given an address in another zone
+	since   time.Time           // when somebody first held it
 }
 
 func (s *segment) holders() int { return len(s.origins) + len(s.relays) }
@@ -50,34 +53,48 @@ func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 	x.held++
 	x.heard, m.progressed = now, now
 	if !first {
-		if origin {
+		if !origin && len(s.relays) == 1 {
+			m.keepPace(now.Sub(s.since))
+		}
+		if origin && m.useful(i, x) {
 			m.giveHop(i, x)
 		}
 		return false
 	}
 	m.covered++
+	if x.class == fetcher {
+		m.keepPace(now.Sub(later(m.newest, m.lastTell)))
+	}
+	s.since, m.newest = now, now
 	m.spread(i, x)
 	return true
+}
+
+// keepPace notes how long a segment took from one place to the next. Where
+// that is long, nobody stands still yet who has no new piece for a second.
+func (m *Machine) keepPace(took time.Duration) {
+	took = min(took, maxPace)
+	m.pace = max(took, (m.pace+took)/2)
 }
 
 // begin opens a segment with the given piece hashes; what was known under
 // other hashes is another torrent and is forgotten.
 func (m *Machine) begin(i int, pieces []byte) {
-	m.segs[i] = segment{pieces: bytes.Clone(pieces), hops: map[*member]*member{}}
+	m.segs[i] = segment{pieces: bytes.Clone(pieces), hops: map[*member]*member{}, entries: map[string]*member{}}
 	for _, y := range m.list {
 		y.knows[i], y.given[i] = false, nil
 	}
 }
 
 // spread tells all members that lack a segment about it, when its first
-// holder x has announced it: one leecher is given x, all get a few others.
+// holder x has announced it: one leecher is given x, one of each other zone
+// is given one of those, all get a few others.
 func (m *Machine) spread(i int, x *member) {
 	extra := map[*member]*member{}
-	hop := m.pickHop(i, x)
-	if hop != nil {
+	if hop := m.pickHop(i, x); hop != nil {
 		m.segs[i].hops[x] = hop
 		extra[hop] = x
-		m.linkZones(i, hop, extra)
+		m.enterZones(i, hop, extra)
 	}
 	for _, y := range m.list {
 		if y.whole || y.has[i] {
@@ -94,38 +111,6 @@ func (m *Machine) spread(i int, x *member) {
 	}
 }
 
-// linkZones gives one leecher of each zone a leecher of another zone, so that
-// a segment gets everywhere although everyone's peers are of the own zone.
-// The zones hang together as a random tree from the first hop's on.
-func (m *Machine) linkZones(i int, hop *member, extra map[*member]*member) {
-	if len(m.zones) < 2 {
-		return
-	}
-	entries := map[string]*member{}
-	for _, y := range m.pool {
-		if e := entries[y.zone]; y.zone != hop.zone && m.lacks(i, y) && (e == nil || m.heavier(i, y, e)) {
-			entries[y.zone] = y
-		}
-	}
-	order := make([]*member, 0, len(entries)+1)
-	for _, e := range entries {
-		order = append(order, e)
-	}
-	slices.SortFunc(order, func(a, b *member) int {
-		if m.heavier(i, a, b) {
-			return -1
-		}
-		return 1
-	})
-	order = slices.Insert(order, 0, hop)
-	for k := 1; k < len(order); k++ {
-		up := order[m.dice(i, order[k]).IntN(k)]
-		if !m.shuns(order[k], up) {
-			extra[order[k]] = up
-		}
-	}
-}
-
 // giveHop gives an origin of a segment its one first hop.
 func (m *Machine) giveHop(i int, origin *member) {
 	if hop := m.pickHop(i, origin); hop != nil {
@@ -135,29 +120,45 @@ func (m *Machine) giveHop(i int, origin *member) {
 }
 
 // pickHop chooses among the leechers that lack a segment the one that takes
-// it from origin: of those that have the fewest origins for it, the heaviest;
-// of the origin's zone where there are enough to pass it on.
+// it from origin, of the origin's zone if there is one.
 func (m *Machine) pickHop(i int, origin *member) *member {
 	s := &m.segs[i]
 	sources := map[*member]int{}
 	for _, h := range s.hops {
 		sources[h]++
 	}
-	var best *member
-	// Where few share the origin's zone, each of them would be first hop all
-	// the time, and its uplink as narrow a place as the origin's.
-	from := m.pool
-	if near := m.zones[origin.zone]; len(near) > peersPerSegment {
-		from = near
+	fits := func(y *member) bool {
+		return y != origin && !m.shuns(y, origin) && sources[y] < hopSources && !slices.Contains(y.given[i], origin)
 	}
+	rank := func(y *member) int { return sources[y] }
+	hop := m.choose(i, m.zones[origin.zone], fits, rank)
+	if hop == nil {
+		hop = m.choose(i, m.pool, fits, rank)
+	}
+	return hop
+}
+
+// choose returns the leecher among from that is to take a segment on behalf
+// of others, nil if none lacks it: of those with the lowest rank the one that
+// was chosen the fewest times, since whoever is chosen sends more than the
+// others; then the heaviest.
+func (m *Machine) choose(i int, from []*member, fits func(*member) bool, rank func(*member) int) *member {
+	var best *member
 	for _, y := range from {
-		if !m.lacks(i, y) || y == origin || m.shuns(y, origin) || sources[y] >= hopSources ||
-			slices.Contains(y.given[i], origin) {
+		if !m.lacks(i, y) || !fits(y) {
 			continue
 		}
-		if best == nil || sources[y] < sources[best] || (sources[y] == sources[best] && m.heavier(i, y, best)) {
+		if best == nil {
+			best = y
+			continue
+		}
+		order := cmp.Or(cmp.Compare(rank(y), rank(best)), cmp.Compare(y.chosen, best.chosen))
+		if order < 0 || (order == 0 && m.heavier(i, y, best)) {
 			best = y
 		}
+	}
+	if best != nil {
+		best.chosen++
 	}
 	return best
 }
@@ -166,6 +167,12 @@ func (m *Machine) pickHop(i int, origin *member) *member {
 // it: one whose client has gone takes no more.
 func (m *Machine) lacks(i int, y *member) bool {
 	return y.class == leecher && y.canFetch && !y.has[i] && y.present < m.size
+}
+
+// awaits says whether y, which was chosen to take a segment on behalf of
+// others, will have it: one that has all bytes is about to say so.
+func (m *Machine) awaits(i int, y *member) bool {
+	return m.lacks(i, y) || (!y.has[i] && !y.banned && y.present == m.size)
 }
 
 // heavier compares rendezvous weights for a segment.
@@ -177,17 +184,21 @@ func (m *Machine) heavier(i int, a, b *member) bool {
 
 func (m *Machine) dice(i int, y *member) *rand.Rand { return dice(m.hash+uint64(i), y.hash) }
 
-// sample adds up to n peers for y to peers, at random: holders before those
-// that still leech, the own zone before others. Origins are left out: their
-// uplinks are the narrow place.
+// sample adds up to n peers for y to peers, at random, of its own zone:
+// holders before those that still leech. Origins are left out: their uplinks
+// are the narrow place. One of another zone is added only for a member that
+// would have nobody else.
 func (m *Machine) sample(i int, y *member, n int, peers []*member) []*member {
 	r := m.dice(i, y)
 	near := func(c *member) bool { return c.zone == y.zone }
 	end := len(peers) + n
 	peers = m.draw(r, i, y, m.segs[i].relays, near, end, peers)
 	peers = m.draw(r, i, y, m.zones[y.zone], anyone, end, peers)
-	peers = m.draw(r, i, y, m.segs[i].relays, anyone, end, peers)
-	return m.draw(r, i, y, m.pool, anyone, end, peers)
+	if len(peers)+len(y.given[i]) > 0 {
+		return peers
+	}
+	peers = m.draw(r, i, y, m.segs[i].relays, anyone, 1, peers)
+	return m.draw(r, i, y, m.pool, anyone, 1, peers)
 }
 
 func anyone(*member) bool { return true }
@@ -254,6 +265,10 @@ func (m *Machine) welcome(x *member) {
 		if o := m.spareOrigin(i, x); o != nil {
 			s.hops[o] = x
 			peers = append(peers, o)
+		} else if up := m.enter(i, x); up != nil {
+			peers = append(peers, up)
+		} else if e := s.entries[x.zone]; e != nil && e != x && !m.shuns(x, e) {
+			peers = append(peers, e)
 		}
 		m.offer(i, x, m.sample(i, x, peersPerSegment, peers))
 	}
@@ -261,21 +276,23 @@ func (m *Machine) welcome(x *member) {
 
 // spareOrigin is an origin whose address a late joiner may have: one that has
 // the whole blob and no first hop at work, or a fetcher if there is no other
-// way to the segment.
+// way to the segment; of another zone only if the segment is not on its way
+// into the joiner's.
 func (m *Machine) spareOrigin(i int, x *member) *member {
 	if !m.lacks(i, x) {
 		return nil
 	}
 	s := &m.segs[i]
+	supplied := m.supplies(i, x.zone)
 	var best *member
 	for _, o := range s.origins {
-		if m.shuns(x, o) {
+		if m.shuns(x, o) || (supplied && o.zone != x.zone) {
 			continue
 		}
 		if o.class == fetcher && (len(s.relays) > 0 || len(s.hops) > 0) {
 			continue
 		}
-		if hop := s.hops[o]; hop != nil && m.lacks(i, hop) {
+		if hop := s.hops[o]; hop != nil && m.awaits(i, hop) {
 			continue
 		}
 		if best == nil || m.heavier(i, o, best) {
@@ -289,15 +306,27 @@ func (m *Machine) spareOrigin(i int, x *member) *member {
 // somebody else.
 func (m *Machine) disown(x *member) {
 	m.unhold(x)
-	for i := range m.segs {
-		for _, y := range m.list {
-			if n := len(y.given[i]); n > 0 && !y.whole {
-				if y.given[i] = remove(y.given[i], x); len(y.given[i]) < n {
-					m.offer(i, y, m.sample(i, y, 1, nil))
-				}
+	for _, y := range m.list {
+		if y.whole {
+			continue
+		}
+		for i := range m.segs {
+			n := len(y.given[i])
+			if y.given[i] = remove(y.given[i], x); len(y.given[i]) < n {
+				m.replace(i, y)
 			}
 		}
 	}
+}
+
+// replace gives y one peer for one that it has lost.
+func (m *Machine) replace(i int, y *member) {
+	if up := m.enter(i, y); up != nil {
+		m.offer(i, y, []*member{up})
+		return
+	}
+	m.offer(i, y, m.sample(i, y, 1, nil))
+	m.relieve(i, y)
 }
 
 // unhold forgets what x holds and what first hops it has or is.
@@ -321,7 +350,7 @@ func (m *Machine) unhold(x *member) {
 				delete(s.hops, o)
 			}
 		}
-		m.mendHop(i)
+		m.mend(i)
 	}
 }
 
@@ -333,7 +362,7 @@ func (m *Machine) promote(x *member) {
 		if n := len(s.relays); has && n > 0 {
 			if s.relays = remove(s.relays, x); len(s.relays) < n {
 				s.origins = append(s.origins, x)
-				m.mendHop(i)
+				m.mend(i)
 			}
 		}
 	}
@@ -346,23 +375,24 @@ func (m *Machine) part(x, y *member) {
 		if x.given[i] = remove(x.given[i], y); len(x.given[i]) < n {
 			if m.segs[i].hops[y] == x {
 				delete(m.segs[i].hops, y)
-				m.mendHop(i)
+				m.mend(i)
 			}
-			m.offer(i, x, m.sample(i, x, 1, nil))
+			m.replace(i, x)
 		}
 	}
 }
 
-// mendHop sees to it that a segment that only origins hold has a first hop.
+// mend sees to it that a segment is on its way to all that lack it: from an
+// origin to a first hop where only origins have it, and into every zone.
+func (m *Machine) mend(i int) {
+	m.mendHop(i)
+	m.mendZones(i)
+}
+
 func (m *Machine) mendHop(i int) {
 	s := &m.segs[i]
-	if len(s.relays) > 0 || len(s.origins) == 0 {
+	if len(s.relays) > 0 || len(s.origins) == 0 || m.workingHop(i) != nil {
 		return
-	}
-	for _, hop := range s.hops {
-		if m.lacks(i, hop) {
-			return
-		}
 	}
 	best := s.origins[0]
 	for _, o := range s.origins[1:] {
@@ -373,10 +403,23 @@ func (m *Machine) mendHop(i int) {
 	m.giveHop(i, best)
 }
 
+// workingHop is a first hop of a segment that has yet to get it, nil if there
+// is none.
+func (m *Machine) workingHop(i int) *member {
+	s := &m.segs[i]
+	for _, o := range s.origins { // not over hops: the same order in every run
+		if hop := s.hops[o]; hop != nil && m.awaits(i, hop) {
+			return hop
+		}
+	}
+	return nil
+}
+
 // sweep gives more peers to leechers that stand still.
 func (m *Machine) sweep(now time.Time) {
+	patience := max(nudgeAfter, m.pace)
 	for _, x := range m.list {
-		if x.starves(m.size) && !now.Before(later(x.moved, x.nudged).Add(nudgeAfter)) {
+		if x.starves(m.size) && !now.Before(later(x.moved, x.nudged).Add(patience)) {
 			m.nudge(now, x)
 		}
 	}
@@ -385,29 +428,50 @@ func (m *Machine) sweep(now time.Time) {
 	}
 }
 
-// nudge gives a member more peers for segments that it ought to have had: any
-// holder of any zone, an origin when it knows all others.
+// nudge gives a member that stands still more peers for segments that it
+// ought to have had by now.
 func (m *Machine) nudge(now time.Time, x *member) {
 	x.nudged = now
 	left := nudgeSegments
 	for i := range m.segs {
 		s := &m.segs[i]
-		if x.has[i] || s.holders() == 0 {
+		still := now.Sub(later(x.moved, s.since))
+		if x.has[i] || s.holders() == 0 || still < max(nudgeAfter, m.pace) {
 			continue
 		}
 		if len(x.given[i]) >= maxGiven {
 			x.given[i] = x.given[i][:1] // none of them was of use: start over
 		}
-		r := m.dice(i, x)
-		peers := m.draw(r, i, x, s.relays, anyone, peersPerSegment-1, nil)
-		for _, k := range r.Perm(len(s.origins)) {
-			if o := s.origins[k]; len(peers) == 0 && !m.shuns(x, o) && !slices.Contains(x.given[i], o) {
-				peers = append(peers, o)
-			}
-		}
-		m.offer(i, x, peers)
+		m.offer(i, x, m.help(i, x, still))
 		if left--; left == 0 {
 			return
 		}
 	}
+}
+
+// help returns more peers for a member that has been standing still: holders
+// of its zone or its zone's entry; later holders of any zone or a first hop;
+// in the end an origin.
+func (m *Machine) help(i int, x *member, still time.Duration) []*member {
+	s := &m.segs[i]
+	patience := max(nudgeAfter, m.pace)
+	r := m.dice(i, x)
+	peers := m.draw(r, i, x, s.relays, func(c *member) bool { return c.zone == x.zone }, peersPerSegment-1, nil)
+	if len(m.zones) > 1 && still < 2*patience && s.entries[x.zone] != x && m.supplies(i, x.zone) {
+		if e := s.entries[x.zone]; len(peers) == 0 && e != nil {
+			peers = m.draw(r, i, x, []*member{e}, anyone, 1, peers)
+		}
+		return peers
+	}
+	if peers = m.draw(r, i, x, s.relays, anyone, peersPerSegment-1, peers); len(peers) > 0 {
+		return peers
+	}
+	hop := m.workingHop(i)
+	if hop != nil && hop != x {
+		peers = m.draw(r, i, x, []*member{hop}, anyone, 1, peers)
+	}
+	if len(peers) == 0 && (still >= max(hopPatience, 2*patience) || (hop == nil && len(s.relays) == 0)) {
+		peers = m.draw(r, i, x, s.origins, anyone, 1, peers)
+	}
+	return peers
 }

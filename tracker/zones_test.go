@@ -1,0 +1,131 @@
+package tracker
+
+import (
+	"testing"
+	"time"
+)
+
+// Zones with slow lines between them: each byte crosses into a zone once,
+// and nobody is left without a source.
+func TestZones(t *testing.T) {
+	thirds := func(i int) int { return i % 3 }
+	for _, c := range []struct {
+		name    string
+		members int
+		sources int
+		zones   int              // 3
+		zoneOf  func(i int) int  // by turns
+		line    float64          // of a zone to the others, in uplinks of one node: 1
+		dies    func(*model) int // twelve times
+		stagger time.Duration
+		blocked func(v *model, a, b int) bool
+		limit   float64 // of the last member's time
+		copies  float64 // over the lines; zones - 1
+	}{
+		{name: "many members", members: 90, limit: 1.6},
+		{name: "few members", members: 8, limit: 1.3},
+		{name: "a member each", members: 3, limit: 1.3},
+		{name: "half an uplink", members: 30, line: 0.5, limit: 2.6},
+		{name: "uneven", members: 60, limit: 1.5, zoneOf: func(i int) int {
+			return map[int]int{0: 0, 1: 0, 2: 1, 3: 1, 4: 1}[i] + map[bool]int{true: 2}[i > 4]
+		}},
+		{name: "one after the other", members: 60, stagger: 2 * time.Second, limit: 1.6},
+		{name: "sources in one of them", members: 45, sources: 5, limit: 1.6, zoneOf: func(i int) int {
+			if i >= 45 {
+				return 1
+			}
+			return thirds(i)
+		}},
+		{name: "sources in none of them", members: 45, sources: 5, zones: 4, limit: 2, zoneOf: func(i int) int {
+			if i >= 45 {
+				return 3
+			}
+			return thirds(i)
+		}},
+		{name: "sources in all of them", members: 45, sources: 6, limit: 1.5, copies: 0.05},
+		{name: "five zones", members: 50, zones: 5, limit: 1.7},
+		{name: "many zones", members: 48, zones: 24, line: 10, limit: 1.7},
+		{name: "all members far from each other", members: 48, zones: 48, line: 10, limit: 1.9},
+		// The zone of one that cannot reach the others waits a while, then asks
+		// wherever it can.
+		{name: "one that reaches nobody far", members: 30, limit: 3, copies: 3, blocked: func(v *model, a, b int) bool {
+			return (a == 4 || b == 4) && v.nodes[a].zone != v.nodes[b].zone
+		}},
+		// Deaths cost: what was under way over the line comes again.
+		{name: "entries die", members: 60, dies: entryAtWork, limit: 2, copies: 2.2},
+		{name: "any die", members: 60, dies: func(v *model) int { return v.r.IntN(v.members) }, limit: 1.7, copies: 2.2},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			v := newModel(c.members, 128*mib, 200)
+			v.zones, v.zoneOf, v.stagger, v.sources = max(c.zones, 1), c.zoneOf, c.stagger, c.sources
+			if c.zones == 0 {
+				v.zones = 3
+			}
+			v.blocked = c.blocked
+			if c.dies != nil {
+				v.deaths, v.dies = 12, c.dies
+			}
+			if c.line == 0 {
+				c.line = 1
+			}
+			if c.copies == 0 {
+				c.copies = float64(v.zones - 1)
+			}
+			v.far, v.line = 10*time.Millisecond, c.line*v.rate
+			if err := v.run(); err != nil {
+				t.Fatal(err)
+			}
+			crossed := float64(v.crossed) / float64(v.size)
+			t.Logf("last %.2f, over the lines %.2f copies", v.ratio(), crossed)
+			if v.ratio() > c.limit || crossed > c.copies*1.05 {
+				t.Errorf("last %.2f, over the lines %.2f copies", v.ratio(), crossed)
+			}
+		})
+	}
+}
+
+// entryAtWork is a member on which the rest of its zone waits.
+func entryAtWork(v *model) int {
+	for i := range v.m.segs {
+		for _, zone := range v.m.zonesInOrder(i) {
+			if e := v.m.segs[i].entries[zone]; e != nil && v.m.lacks(i, e) {
+				return v.byName[e.name]
+			}
+		}
+	}
+	return 1
+}
+
+// Who a zone waits for is replaced, whatever becomes of it.
+func TestEntryIsReplaced(t *testing.T) {
+	const begin = `
+			0s    join a can zone=x     > a fetch
+			0s    status a fetching -can
+			0s    join b can zone=x     > b wait
+			0s    join b2 can zone=x    > b2 wait
+			0s    join c can zone=y     > c wait
+			0s    join d can zone=y     > d wait
+			0s    join e can zone=y     > e wait
+			1ms   announce a 0          > b seg0*(a+b2), b2 seg0*(b), c seg0*(d+e), d seg0*(b+c+e), e seg0*(c+d)
+	`
+	for _, c := range []struct{ name, lines string }{
+		{"the entry dies", `
+			2ms   leave d               > e seg0(b)`},
+		{"its client goes", `
+			2ms   status d -can         > e seg0(b)`},
+		{"the first hop dies", `
+			2ms   leave b               > b2 seg0(a), d seg0(b2)`},
+		{"the zone has it", `
+			2ms   announce d 0
+			3ms   leave d               > e seg0(b)`},
+		{"another joins", `
+			2ms   join f can zone=y     > f seg0*(c+d+e)`},
+		{"the first of a new zone joins, then the second", `
+			2ms   join g can zone=z     > g seg0*(b)
+			3ms   join h can zone=z     > h seg0*(g)`},
+		{"it stays, and the first hop's word is against it", `
+			2ms   bad d b               > e seg0(b)`},
+	} {
+		t.Run(c.name, func(t *testing.T) { runScript(t, testDigest, testSize, 0, begin+c.lines) })
+	}
+}
