@@ -61,8 +61,9 @@ type segment struct {
 	pieces []byte
 	hash   metainfo.Hash
 
-	t     *torrent.Torrent // guarded by blob.mu; nil once dropped
-	peers []string         // guarded by blob.mu; where to download from
+	t      *torrent.Torrent // guarded by blob.mu; nil once dropped
+	peers  []string         // guarded by blob.mu; where to download from
+	parted bool             // guarded by blob.mu; whole, and no connection is left that is of no use
 
 	// guarded by blob.acct: who sent chunks of each piece that is not checked
 	// yet, which pieces were checked and good, and which could not be read.

@@ -153,9 +153,9 @@ func (b *Blob) keep() {
 	}
 }
 
-// look does what is to be done now, and reports whether a segment is
-// incomplete.
-func (b *Blob) look(now time.Time) (incomplete bool) {
+// look does what is to be done now, and reports whether there will be more:
+// a segment is incomplete, or has connections that may be of no more use.
+func (b *Blob) look(now time.Time) (more bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
@@ -170,13 +170,35 @@ func (b *Blob) look(now time.Time) (incomplete bool) {
 	b.kick()
 	for _, s := range b.segs {
 		if s.t.Complete().Bool() {
+			more = b.part(s) || more
 			continue
 		}
-		incomplete = true
+		more = true
 		b.refresh(s)
 		b.handIn(s, now)
 	}
-	return incomplete
+	return more
+}
+
+// part closes the connections of a segment that is whole here with peers that
+// have it whole as well, and reports whether there are connections with others
+// that have not been so for long. The client itself leaves most of them open,
+// and each costs as much as a busy one. b.mu must be held.
+func (b *Blob) part(s *segment) (more bool) {
+	if s.parted {
+		return false
+	}
+	n := uint64(s.t.NumPieces())
+	for _, c := range s.t.PeerConns() {
+		if c.PeerPieces().GetCardinality() == n {
+			_ = c.Close() // returns nothing but nil
+		} else {
+			more = true
+		}
+	}
+	// A peer that completes it later closes the connection on its side.
+	s.parted = !more
+	return more
 }
 
 // refresh tells the client of pieces that have arrived from elsewhere. b.mu
@@ -200,9 +222,15 @@ func (b *Blob) handIn(s *segment, now time.Time) {
 	if s.t.Complete().Bool() {
 		return
 	}
+	connected := map[string]struct{}{}
+	for _, c := range s.t.PeerConns() {
+		if f, ok := c.RemoteAddr.(*face); ok {
+			connected[f.peer] = struct{}{}
+		}
+	}
 	infos := make([]torrent.PeerInfo, 0, len(s.peers))
 	for _, p := range s.peers {
-		if b.refuses(p, now) {
+		if _, ok := connected[p]; ok || b.refuses(p, now) {
 			continue
 		}
 		f := b.faces[p]

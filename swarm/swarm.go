@@ -176,6 +176,8 @@ func (s *Swarm) clientConfig() *torrent.ClientConfig {
 	c.DisableTCP, c.DisableUTP, c.NoDefaultPortForwarding = true, true, true
 	c.DisableWebtorrent, c.DisableWebseeds = true, true
 	c.Seed = true
+	// Two nodes that were told of each other dial each other at the same time.
+	c.DropDuplicatePeerIds = true
 	c.AlwaysWantConns = true // asked once per accepted connection, over all torrents
 	c.KeepAliveTimeout = keepAlive
 	c.MaxUnverifiedBytes = 0
