@@ -34,10 +34,15 @@ cross: ## build for linux/amd64, linux/arm64 and linux/arm/v7
 .PHONY: test
 test: test-unit test-integration ## run every test; as root
 
+# The race detector needs cgo. The tags keep what the torrent library would then
+# use in C and C++ out, as it is out of the product: the tests test the same code,
+# and no C++ compiler is needed.
+PURE := nosqlite,disable_libutp
+
 .PHONY: test-unit
 test-unit: ## run the unit tests with the race detector
-	@.ci/need gcc
-	CGO_ENABLED=1 $(GO) test -race -timeout 10m $(TESTFLAGS) ./...
+	@.ci/need gcc igzip
+	CGO_ENABLED=1 $(GO) test -race -tags $(PURE) -timeout 10m $(TESTFLAGS) ./...
 
 .PHONY: test-integration
 test-integration: build containerds ## run the tests against real containerd 2.4.2 and 1.7.35; as root
@@ -56,14 +61,35 @@ demo: build $(BIN)/containerd-2.4.2/containerd ## pull an image on four nodes at
 	cd integration && CGO_ENABLED=0 $(GO) build -o $(BIN)/imagewolf-demo ./cmd/imagewolf-demo
 	$(BIN)/imagewolf demo
 
+.PHONY: bench-binaries
+bench-binaries: build $(BIN)/containerd-2.4.2/containerd
+	@[ "$$(id -u)" = 0 ] || { echo "the benchmark makes network namespaces: run it as root" >&2; exit 1; }
+	cd integration && CGO_ENABLED=0 $(GO) build -o $(BIN)/imagewolf-bench ./cmd/imagewolf-bench
+
+# Variables and their defaults: docs/performance.md.
+.PHONY: bench
+bench: bench-binaries ## measure every scenario against containerd alone; as root, N= RATE= SCENARIOS= BENCH_JSON= ...
+	COMMIT=$(COMMIT) $(BIN)/imagewolf-bench run
+
+.PHONY: bench-smoke
+bench-smoke: bench-binaries ## the same, small: fails if a pull fails or the registry sends more than one copy
+	COMMIT=$(COMMIT) $(BIN)/imagewolf-bench smoke
+
+.PHONY: bench-plot
+bench-plot: bench-binaries ## measure 1 to 32 nodes and draw docs/bench.svg; as root, half an hour
+	COMMIT=$(COMMIT) $(BIN)/imagewolf-bench plot
+
 .PHONY: containerds
-containerds: $(BIN)/containerd-2.4.2/containerd $(BIN)/containerd-1.7.35/containerd ## build the containerds that the tests drive
+containerds: $(BIN)/containerd-2.4.2/containerd $(BIN)/containerd-1.7.35/containerd $(BIN)/nerdctl-2.3.5/nerdctl ## build the containerds and the nerdctl that the tests drive
 
 $(BIN)/containerd-2.4.2/containerd: integration/containerd2/go.mod integration/containerd2/go.sum
 	cd integration/containerd2 && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $(@D)/ tool
 
 $(BIN)/containerd-1.7.35/containerd: integration/containerd17/go.mod integration/containerd17/go.sum
 	cd integration/containerd17 && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $(@D)/ tool
+
+$(BIN)/nerdctl-2.3.5/nerdctl: integration/nerdctl/go.mod integration/nerdctl/go.sum
+	cd integration/nerdctl && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $(@D)/ tool
 
 .PHONY: lint
 lint: $(TOOLS)/golangci-lint ## run the linters

@@ -27,6 +27,9 @@ func TestMain(m *testing.M) { os.Exit(setUp(m)) }
 func setUp(m *testing.M) (code int) {
 	bin, err := harness.FindBinaries("../bin", harness.V2, harness.V17)
 	if err == nil {
+		_, err = bin.Nerdctl()
+	}
+	if err == nil {
 		env, err = harness.NewEnv(bin)
 	}
 	if err != nil {

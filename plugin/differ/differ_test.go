@@ -16,12 +16,12 @@ import (
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	"github.com/containerd/containerd/v2/contrib/diffservice"
 	"github.com/containerd/containerd/v2/core/diff"
-	"github.com/containerd/containerd/v2/core/diff/apply"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 )
 
@@ -50,9 +50,8 @@ func TestSameTreeAsContainerd(t *testing.T) {
 			for _, l := range plain {
 				descs = append(descs, b.add(t, c.mediaType, c.compress(t, l)))
 			}
-			t.Setenv(disableIgzip, "")
 			ours, applied := applyAll(t, New(Options{Blobs: b}), descs)
-			theirs, want := applyAll(t, apply.NewFileSystemApplier(b.store), descs)
+			theirs, want := applyAll(t, fileSystemApplier(b), descs)
 			for i := range ours {
 				sameTree(t, theirs[i], ours[i])
 				if len(ours[i]) < 10 {
@@ -65,11 +64,20 @@ func TestSameTreeAsContainerd(t *testing.T) {
 			}
 		})
 	}
+	t.Setenv(disableIgzip, "true")
 	for pack := range compressions {
 		test(pack, pack)
 	}
-	asIgzip(t, "exec gzip -d -c\n")
-	test("gzip by igzip", "gzip")
+	t.Setenv(disableIgzip, "")
+	runs := realIgzip(t)
+	for _, pack := range []string{"gzip", "members"} {
+		before := runs()
+		test(pack+" by igzip", pack)
+		// The upper layer is too small for it.
+		if got := runs() - before; got != 1 {
+			t.Errorf("%s: igzip ran %d times, want 1", pack, got)
+		}
+	}
 }
 
 // bindTo is a bind mount of an empty directory.
@@ -120,6 +128,18 @@ func TestBrokenLayers(t *testing.T) {
 				t.Errorf("applied as %v", d)
 			} else if !strings.Contains(err.Error(), desc.Digest.String()) {
 				t.Errorf("does not say which layer: %v", err)
+			}
+		})
+	}
+	for name, blob := range map[string][]byte{
+		"checksum": crc, "cut": packed[:len(packed)*2/3], "no trailer": packed[:len(packed)-8],
+	} {
+		t.Run(name+" by igzip", func(t *testing.T) {
+			runs := realIgzip(t)
+			b := newBlobs(t)
+			_, err := New(Options{Blobs: b}).Apply(t.Context(), b.add(t, ocispec.MediaTypeImageLayerGzip, blob), bindTo(t))
+			if err == nil || !strings.Contains(err.Error(), "igzip") || runs() != 1 {
+				t.Errorf("igzip ran %d times: %v", runs(), err)
 			}
 		})
 	}
@@ -229,6 +249,70 @@ func TestPanicOfDecoder(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "out of blocks") {
 		t.Errorf("got %v", err)
 	}
+}
+
+// TestTempMounts: mounts that are not the same as a directory are mounted for
+// the time of unpacking.
+func TestTempMounts(t *testing.T) {
+	layer := layers(t)[0]
+	// Each gives the mounts, with what they are made of below root.
+	for name, mounts := range map[string]func(root string) []mount.Mount{
+		"another option": func(root string) []mount.Mount {
+			return []mount.Mount{{Type: "bind", Source: root + "/a", Options: []string{"rbind", "rw", "nodev"}}}
+		},
+		"two": func(root string) []mount.Mount {
+			return []mount.Mount{
+				{Type: "bind", Source: root + "/a", Options: []string{"rbind", "rw"}},
+				{Type: "bind", Source: root + "/b", Target: "/dir", Options: []string{"rbind", "rw"}},
+			}
+		},
+		"overlay on an overlay": func(root string) []mount.Mount {
+			return []mount.Mount{
+				{Type: "bind", Source: root + "/a", Options: []string{"rbind", "rw"}},
+				{Type: "overlay", Source: "overlay", Target: "/dir", Options: []string{
+					"lowerdir=" + root + "/low", "upperdir=" + root + "/b", "workdir=" + root + "/work"}},
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBlobs(t)
+			desc := b.add(t, ocispec.MediaTypeImageLayer, layer)
+			apply := func(a diff.Applier) map[string]string {
+				root := t.TempDir()
+				for _, d := range []string{"a/dir", "b", "low", "work"} {
+					if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
+						t.Fatal(err)
+					}
+				}
+				got, err := a.Apply(t.Context(), desc, mounts(root), diff.WithSyncFs(true))
+				if err != nil || got.Digest != digest.FromBytes(layer) {
+					t.Fatalf("applied as %+v, %v", got, err)
+				}
+				noMounts(t, root)
+				tree := dump(t, root)
+				if _, there := tree["a/setuid"]; !there {
+					t.Error("the layer is not where the mount leads")
+				}
+				if _, there := tree["b/big"]; there != (len(mounts(root)) > 1) {
+					t.Errorf("in the second mount: %t", there)
+				}
+				return tree
+			}
+			sameTree(t, apply(fileSystemApplier(b)), apply(New(Options{Blobs: b})))
+		})
+	}
+	t.Run("read-only", func(t *testing.T) {
+		b := newBlobs(t)
+		desc, root := b.add(t, ocispec.MediaTypeImageLayer, layer), t.TempDir()
+		m := []mount.Mount{{Type: "bind", Source: root, Options: []string{"rbind", "ro"}}}
+		if _, err := New(Options{Blobs: b}).Apply(t.Context(), desc, m); !errors.Is(err, unix.EROFS) {
+			t.Errorf("got %v", err)
+		}
+		noMounts(t, root)
+		if tree := dump(t, root); len(tree) != 1 {
+			t.Errorf("%d files written", len(tree)-1)
+		}
+	})
 }
 
 func TestMountsThatAreMounted(t *testing.T) {

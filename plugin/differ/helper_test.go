@@ -5,12 +5,15 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -19,6 +22,8 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/containerd/v2/core/diff/apply"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/klauspost/compress/zstd"
@@ -98,6 +103,10 @@ func layers(t testing.TB) [][]byte {
 		file("twice", 0o644, "first"), file("twice", 0o600, "second"), file("empty", 0o644, ""),
 		file("keep/a", 0o644, "a"), dir("goes/", 0o755, 0), file("goes/away", 0o644, "x"), file("becomes", 0o644, "dir"),
 	}
+	// Enough that gzip cannot shrink for igzip to be worth it.
+	random := make([]byte, igzipMin+1000)
+	_, _ = rand.Read(random)
+	lower = append(lower, file("random", 0o644, string(random)))
 	upper := []entry{
 		file("dir/.wh.gone", 0, ""), file(".wh.goes", 0, ""), file("opaque/.wh..wh..opq", 0, ""),
 		file("opaque/new", 0o644, "n"), file("keep/b", 0o644, "parent only below"), file("never/.wh.was", 0, ""),
@@ -249,7 +258,8 @@ func xattrsOf(path string) (string, error) {
 	list := strings.Split(strings.TrimSuffix(string(names[:n]), "\x00"), "\x00")
 	slices.Sort(list)
 	for _, name := range list {
-		if name == "" {
+		// Each mount of an overlay has a uuid of its own.
+		if name == "" || name == "trusted.overlay.uuid" {
 			continue
 		}
 		v := make([]byte, 4096)
@@ -270,6 +280,41 @@ func sameTree(t testing.TB, want, got map[string]string) {
 		if want[name] != got[name] {
 			t.Errorf("%s:\nwant %s\ngot  %s", name, want[name], got[name])
 		}
+	}
+}
+
+// fileSystemApplier is containerd's own.
+func fileSystemApplier(b blobs) diff.Applier { return apply.NewFileSystemApplier(b.store) }
+
+// noMounts fails the test if anything of root is mounted.
+func noMounts(t testing.TB, root string) {
+	t.Helper()
+	all, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(all)) {
+		if strings.Contains(line, root+"/") || strings.Contains(line, root+" ") {
+			t.Errorf("left behind: %s", line)
+		}
+	}
+}
+
+// realIgzip has the machine's igzip used, and returns how often it has run.
+func realIgzip(t testing.TB) (runs func() int) {
+	t.Helper()
+	path, err := exec.LookPath("igzip")
+	if err != nil {
+		t.Fatalf("%v: `.ci/need igzip` installs it", err)
+	}
+	log := filepath.Join(t.TempDir(), "runs")
+	asIgzip(t, fmt.Sprintf("echo >>%s\nexec %s \"$@\"\n", log, path))
+	return func() int {
+		p, err := os.ReadFile(log)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+		return len(p)
 	}
 }
 
