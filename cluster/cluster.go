@@ -86,8 +86,8 @@ type Cluster struct {
 	mu       sync.Mutex
 	members  map[string]Member         // guarded by mu: live, by name, self included
 	gossip   map[string]netip.AddrPort // guarded by mu: where the members gossip, self included while Run runs
-	sorted   []Member                  // guarded by mu; replaced, never changed
-	trackers []Member                  // guarded by mu; replaced, never changed
+	sorted   []Member                  // guarded by mu; nil until asked for; replaced, never changed
+	trackers []Member                  // guarded by mu; as sorted
 	changed  chan struct{}             // guarded by mu: closed at the next change
 }
 
@@ -159,6 +159,7 @@ func (c *Cluster) Self() Member { return c.self }
 func (c *Cluster) Members() []Member {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.view()
 	return slices.Clone(c.sorted)
 }
 
@@ -175,6 +176,7 @@ func (c *Cluster) Changed() <-chan struct{} {
 func (c *Cluster) TrackerNodes() []Member {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.view()
 	return slices.Clone(c.trackers)
 }
 
@@ -183,6 +185,7 @@ func (c *Cluster) TrackerNodes() []Member {
 // caller's.
 func (c *Cluster) Trackers(d digest.Digest) []Member {
 	c.mu.Lock()
+	c.view()
 	trackers := c.trackers
 	c.mu.Unlock()
 	return rank(d.String(), trackers)
@@ -220,13 +223,21 @@ func (c *Cluster) reset() {
 	c.publish()
 }
 
-// publish makes the views that are read often and tells who waits. c.mu must
-// be held.
+// publish tells who waits that the members have changed. c.mu must be held.
 func (c *Cluster) publish() {
-	c.sorted = slices.SortedFunc(maps.Values(c.members), func(a, b Member) int { return strings.Compare(a.Name, b.Name) })
-	c.trackers = trackersOf(c.sorted)
+	c.sorted, c.trackers = nil, nil
 	close(c.changed)
 	c.changed = make(chan struct{})
+}
+
+// view makes what is read often. Not at every change: while a big cluster
+// starts there are more of them than looks. c.mu must be held.
+func (c *Cluster) view() {
+	if c.sorted != nil {
+		return
+	}
+	c.sorted = slices.SortedFunc(maps.Values(c.members), func(a, b Member) int { return strings.Compare(a.Name, b.Name) })
+	c.trackers = trackersOf(c.sorted)
 }
 
 // parseBind parses what a listener could be given: no host means all.

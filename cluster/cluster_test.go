@@ -224,6 +224,25 @@ func TestNameWithManyRecords(t *testing.T) {
 	}
 }
 
+// A node that gossip has passed by hears of the others all the same, soon.
+func TestMissedNewsIsFetched(t *testing.T) {
+	key := GenerateKey()
+	silence := func(cfg *memberlist.Config) {
+		hasty(cfg)
+		cfg.GossipInterval, cfg.PushPullInterval, cfg.ProbeInterval = 0, 0, time.Hour
+	}
+	a := nodeOn(t, key, "a", "127.0.0.1:0", nil)
+	a.tune = silence
+	start(t, a.Run)
+	join := func(o *Options) { o.Join = []string{gossipAddr(t, a).String()} }
+	b, c := nodeOn(t, key, "b", "127.0.0.1:0", join), nodeOn(t, key, "c", "127.0.0.1:0", join)
+	b.tune, c.tune = silence, silence
+	start(t, b.Run)
+	awaitMembers(t, b, "a", "b")
+	start(t, c.Run)
+	awaitMembers(t, b, "a", "b", "c")
+}
+
 // Two clusters that know nothing of each other become one when the name that
 // they all ask has records of both.
 func TestSplitHeals(t *testing.T) {

@@ -89,6 +89,9 @@ func (c *Cluster) discover(ctx context.Context, ml *memberlist.Memberlist) {
 		if len(c.targets) > 0 {
 			d.round(ctx)
 		}
+		if wait < c.wait.most {
+			d.exchange()
+		}
 		if c.alone() {
 			wait = min(wait, c.wait.alone)
 		}
@@ -107,10 +110,10 @@ func (c *Cluster) discover(ctx context.Context, ml *memberlist.Memberlist) {
 func (c *Cluster) pause(ctx context.Context, wait time.Duration) (lost bool) {
 	timer := time.NewTimer(jitter(wait))
 	defer timer.Stop()
-	before := len(c.Members())
+	before := c.count()
 	for {
 		changed := c.Changed()
-		now := len(c.Members())
+		now := c.count()
 		if now < before && !lost {
 			lost = true
 			timer.Reset(jitter(min(wait, c.wait.first)))
@@ -165,6 +168,27 @@ func (d *discovery) round(ctx context.Context) {
 	}
 	_ = g.Wait() // never fails: failures are reported where they happen
 	d.forget(seen)
+}
+
+// exchange asks a random member for all it knows. Where hundreds of nodes
+// start at once, gossip drops some of the news, and memberlist itself makes
+// good for that only after minutes.
+func (d *discovery) exchange() {
+	var addrs []netip.AddrPort
+	d.c.mu.Lock()
+	for name, a := range d.c.gossip {
+		if name != d.c.self.Name {
+			addrs = append(addrs, a)
+		}
+	}
+	d.c.mu.Unlock()
+	if len(addrs) == 0 {
+		return
+	}
+	addr := addrs[rand.IntN(len(addrs))].String()
+	if _, err := d.ml.Join([]string{addr}); err != nil {
+		d.c.o.Log.Debug("gossip: no exchange", "with", addr, "err", err)
+	}
 }
 
 // resolve returns the addresses behind the list, each once, and everything

@@ -147,12 +147,16 @@ func (c *Cluster) knows(addr netip.AddrPort) bool {
 	return false
 }
 
-// alone says that no other member is known.
-func (c *Cluster) alone() bool {
+// count is how many members there are, which is known without making a view
+// of them.
+func (c *Cluster) count() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return len(c.members) < 2
+	return len(c.members)
 }
+
+// alone says that no other member is known.
+func (c *Cluster) alone() bool { return c.count() < 2 }
 
 // logWriter turns memberlist's lines into records. Its errors are warnings to
 // us: none of them stops the node. Strangers can cause lines at will, so only
