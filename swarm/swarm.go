@@ -37,7 +37,7 @@ const (
 	// keepAlive is how often an idle connection's writer looks for work. The
 	// client loses a wake-up now and then, and until this fires the transfer
 	// stands still.
-	keepAlive = 100 * time.Millisecond
+	keepAlive = 250 * time.Millisecond
 	// connsPerTorrent bounds the established connections of one segment.
 	connsPerTorrent = 16
 	// uploadBuffer bounds the bytes read ahead for one connection.

@@ -18,6 +18,9 @@ type segment struct {
 	hops    map[*member]*member // origin -> the one leecher that was given its address
 	entries map[string]*member  // zone -> the one leecher that was given an address in another zone
 	since   time.Time           // when somebody first held it
+
+	helped   int       // members that stood still and were given more peers, since helpedAt
+	helpedAt time.Time // not longer ago than a little
 }
 
 func (s *segment) holders() int { return len(s.origins) + len(s.relays) }
@@ -88,23 +91,35 @@ func (m *Machine) begin(i int, pieces []byte) {
 
 // spread tells all members that lack a segment about it, when its first
 // holder x has announced it: one leecher is given x, one of each other zone
-// is given one of those, all get a few others.
+// is given one of those, all others get a few at random.
 func (m *Machine) spread(i int, x *member) {
-	extra := map[*member]*member{}
+	extra := map[*member][]*member{}
+	var heads []*member
 	if hop := m.pickHop(i, x); hop != nil {
 		m.segs[i].hops[x] = hop
-		extra[hop] = x
-		m.enterZones(i, hop, extra)
+		extra[hop] = append(extra[hop], x)
+		heads = append(heads, hop)
+		heads = m.enterZones(i, heads, extra)
+	}
+	// Heads are told first and have others come to them: they may have all of
+	// the segment before those know of it, and a connection comes from
+	// whoever lacks something.
+	for _, h := range heads {
+		for _, y := range m.sample(i, h, peersPerSegment, slices.Clone(extra[h])) {
+			if !slices.Contains(extra[h], y) {
+				extra[y] = append(extra[y], h)
+			}
+		}
+	}
+	for _, h := range heads {
+		m.offer(i, h, extra[h])
 	}
 	for _, y := range m.list {
-		if y.whole || y.has[i] {
+		if y.whole || y.has[i] || slices.Contains(heads, y) {
 			continue
 		}
-		var peers []*member
-		if e := extra[y]; e != nil {
-			peers = append(peers, e)
-		}
-		if n := peersPerSegment - len(y.given[i]); n > 0 {
+		peers := extra[y]
+		if n := peersPerSegment - len(y.given[i]) - len(peers); n > 0 {
 			peers = m.sample(i, y, n, peers)
 		}
 		m.offer(i, y, peers)
@@ -429,9 +444,9 @@ func (m *Machine) sweep(now time.Time) {
 }
 
 // nudge gives a member that stands still more peers for segments that it
-// ought to have had by now.
+// ought to have had by now. Where thousands stand still only so many are sent
+// to the few that can help.
 func (m *Machine) nudge(now time.Time, x *member) {
-	x.nudged = now
 	left := nudgeSegments
 	for i := range m.segs {
 		s := &m.segs[i]
@@ -439,6 +454,14 @@ func (m *Machine) nudge(now time.Time, x *member) {
 		if x.has[i] || s.holders() == 0 || still < max(nudgeAfter, m.pace) {
 			continue
 		}
+		if now.Sub(s.helpedAt) >= nudgeAfter {
+			s.helped, s.helpedAt = 0, now
+		}
+		if s.helped >= peersPerSegment*s.holders() {
+			continue // when these have it, others will have it from them
+		}
+		s.helped++
+		x.nudged = now
 		if len(x.given[i]) >= maxGiven {
 			x.given[i] = x.given[i][:1] // none of them was of use: start over
 		}

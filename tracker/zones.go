@@ -12,10 +12,10 @@ import "slices"
 const chainZones = 8
 
 // enterZones gives each zone but the first hop's an entry, when a segment is
-// spread: extra says which address the entries are given. The zones' order is
-// another one for each segment.
-func (m *Machine) enterZones(i int, hop *member, extra map[*member]*member) {
-	ups := []*member{hop}
+// spread: extra says which address it is given, and ups, which begins with the
+// first hop, is returned with all entries. The zones' order is another one for
+// each segment.
+func (m *Machine) enterZones(i int, ups []*member, extra map[*member][]*member) []*member {
 	for _, zone := range m.zonesInOrder(i) {
 		if m.supplies(i, zone) {
 			continue
@@ -25,10 +25,11 @@ func (m *Machine) enterZones(i int, hop *member, extra map[*member]*member) {
 			up = ups[len(ups)/2]
 		}
 		if e := m.pickEntry(i, zone, up); e != nil {
-			extra[e] = up
+			extra[e] = append(extra[e], up)
 			ups = append(ups, e)
 		}
 	}
+	return ups
 }
 
 // mendZones gives an entry to each zone that lacks a segment and has none.

@@ -106,7 +106,7 @@ func TestEntryIsReplaced(t *testing.T) {
 			0s    join c can zone=y     > c wait
 			0s    join d can zone=y     > d wait
 			0s    join e can zone=y     > e wait
-			1ms   announce a 0          > b seg0*(a+b2), b2 seg0*(b), c seg0*(d+e), d seg0*(b+c+e), e seg0*(c+d)
+			1ms   announce a 0          > b seg0*(a), b2 seg0*(b), c seg0*(d+e), d seg0*(b), e seg0*(c+d)
 	`
 	for _, c := range []struct{ name, lines string }{
 		{"the entry dies", `
@@ -124,7 +124,7 @@ func TestEntryIsReplaced(t *testing.T) {
 			2ms   join g can zone=z     > g seg0*(b)
 			3ms   join h can zone=z     > h seg0*(g)`},
 		{"it stays, and the first hop's word is against it", `
-			2ms   bad d b               > e seg0(b)`},
+			2ms   bad d b               > d seg0(e), e seg0(b)`},
 	} {
 		t.Run(c.name, func(t *testing.T) { runScript(t, testDigest, testSize, 0, begin+c.lines) })
 	}
