@@ -43,6 +43,8 @@ type ClusterOptions struct {
 	Hosts map[string]string
 	// Direct leaves ImageWolf out: containerd has its builtin store.
 	Direct bool
+	// Machines are where the nodes run, one each; nil for this machine.
+	Machines []*Machine
 	// Settings are added to every daemon's configuration, TOML by table.
 	Settings map[string]string
 }
@@ -72,7 +74,11 @@ func NewCluster(ctx context.Context, e *Env, o ClusterOptions) (*Cluster, error)
 			return nil, err
 		}
 		n := &Node{Name: name}
-		if n.Containerd, err = newContainerd(e, name, dir, o.Version, o.Hosts); err != nil {
+		var on *Machine
+		if o.Machines != nil {
+			on = o.Machines[i]
+		}
+		if n.Containerd, err = newContainerd(e, on, name, dir, o.Version, o.Hosts); err != nil {
 			return nil, err
 		}
 		c.Nodes = append(c.Nodes, n)
@@ -83,7 +89,7 @@ func NewCluster(ctx context.Context, e *Env, o ClusterOptions) (*Cluster, error)
 			return nil, err
 		}
 		for table, text := range o.Settings {
-			n.Wolf.Settings[table] = text
+			n.Wolf.Settings[table] += text
 		}
 		// The first node, as an operator would write it; the first itself knows
 		// the second, so that it finds back after a restart.
@@ -99,6 +105,7 @@ func NewCluster(ctx context.Context, e *Env, o ClusterOptions) (*Cluster, error)
 // it: every daemon running, with its default options.
 func (c *Cluster) Heal(ctx context.Context) error {
 	var g errgroup.Group
+	g.SetLimit(starting)
 	woken := false
 	for _, n := range c.Nodes {
 		woken = woken || n.Wolf != nil && !n.Wolf.proc.Running()
@@ -126,6 +133,10 @@ func (c *Cluster) Heal(ctx context.Context) error {
 	return c.Settle(ctx)
 }
 
+// starting is how many nodes start at once: more would wait for the processors
+// and run into the limits on their own start.
+const starting = 8
+
 // settled is how long daemons may need, after some came back, until all have
 // reached their trackers again and told them what they hold. Nothing outside of
 // them shows it.
@@ -145,15 +156,23 @@ func (c *Cluster) Settle(ctx context.Context) error {
 	}
 }
 
-// Close ends the cluster's daemons and removes all that they have on disk,
-// which is worth it where an Env sees many clusters.
-func (c *Cluster) Close() error {
+// Stop ends the cluster's daemons.
+func (c *Cluster) Stop() error {
 	var errs []error
 	for _, n := range c.Nodes {
 		errs = append(errs, n.Stop())
 		if n.Wolf != nil {
 			errs = append(errs, n.Wolf.Stop())
 		}
+	}
+	return errors.Join(errs...)
+}
+
+// Close ends the cluster's daemons and removes all that they have on disk,
+// which is worth it where an Env sees many clusters.
+func (c *Cluster) Close() error {
+	errs := []error{c.Stop()}
+	for _, n := range c.Nodes {
 		errs = append(errs, sweep(n.Dir))
 	}
 	return errors.Join(errs...)
@@ -239,16 +258,36 @@ func lastLines(path string, n int) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "")
 }
 
+// KeepLogs copies the imagewolf daemons' logs, and a list of what the registry
+// was asked, to the directory that IMAGEWOLF_KEEP_LOGS names; without one it does
+// nothing.
+func (c *Cluster) KeepLogs(r *Registry) {
+	for _, n := range c.Nodes {
+		if n.Wolf != nil {
+			keepLog(n.Name, n.Wolf.Log())
+		}
+	}
+	var asked strings.Builder
+	for _, q := range r.Requests(nil) {
+		fmt.Fprintf(&asked, "%s ended=%s\n", q, q.Ended.Format("15:04:05.000"))
+	}
+	keep(c.Nodes[0].Name+"-registry.log", []byte(asked.String()))
+}
+
 func keepLog(name, path string) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		data = []byte(err.Error())
+	}
+	keep(name+"-"+filepath.Base(path), data)
+}
+
+func keep(file string, data []byte) {
 	dir := os.Getenv("IMAGEWOLF_KEEP_LOGS")
 	if dir == "" {
 		return
 	}
-	data, err := os.ReadFile(path)
-	if err == nil {
-		err = os.WriteFile(filepath.Join(dir, name+"-"+filepath.Base(path)), data, 0o644)
-	}
-	if err != nil {
+	if err := os.WriteFile(filepath.Join(dir, file), data, 0o644); err != nil {
 		fmt.Fprintln(os.Stderr, "keeping a log:", err)
 	}
 }

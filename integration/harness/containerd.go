@@ -40,6 +40,7 @@ type Containerd struct {
 	Version string
 
 	env  *Env
+	on   *Machine // nil: this one
 	name string
 	opts ContainerdOptions
 	proc *Process
@@ -47,9 +48,9 @@ type Containerd struct {
 }
 
 // newContainerd prepares a containerd in dir; Start starts it. hosts are the
-// registries (host:port) that it reaches, each in plain HTTP by the URL given.
-func newContainerd(e *Env, name, dir, version string, hosts map[string]string) (*Containerd, error) {
-	c := &Containerd{Dir: dir, Version: version, env: e, name: name}
+// registries (host:port) that it reaches, each in plain HTTP by the URL given. on is the machine that it runs on, nil for this one.
+func newContainerd(e *Env, on *Machine, name, dir, version string, hosts map[string]string) (*Containerd, error) {
+	c := &Containerd{Dir: dir, Version: version, env: e, on: on, name: name}
 	for host, url := range hosts {
 		if err := c.addHost(host, url); err != nil {
 			return nil, err
@@ -202,7 +203,7 @@ func (c *Containerd) Start(ctx context.Context, o ContainerdOptions) error {
 	bin := c.env.Bin.containerd(c.Version, "containerd")
 	// The shim is looked for in PATH, and in containerd's own directory.
 	env := []string{"PATH=" + filepath.Dir(bin) + ":" + os.Getenv("PATH")}
-	if c.proc, err = c.env.start("containerd of "+c.name, c.Log(), env, bin, "--config", config); err != nil {
+	if c.proc, err = c.env.startOn(c.on, "containerd of "+c.name, c.Log(), env, bin, "--config", config); err != nil {
 		return err
 	}
 	return c.ready(ctx)
@@ -287,11 +288,11 @@ func (c *Containerd) Restart(ctx context.Context, o ContainerdOptions) error {
 func (c *Containerd) Ctr(ctx context.Context, ns string, args ...string) (string, error) {
 	bin := c.env.Bin.containerd(c.Version, "ctr")
 	env := []string{"PATH=" + filepath.Dir(bin) + ":" + os.Getenv("PATH")}
-	return run(ctx, nil, env, append([]string{bin, "-a", c.Socket(), "-n", ns}, args...)...)
+	return runOn(ctx, c.on, nil, env, append([]string{bin, "-a", c.Socket(), "-n", ns}, args...)...)
 }
 
 // CtrIn is Ctr with a file as standard input.
 func (c *Containerd) CtrIn(ctx context.Context, ns string, stdin *os.File, args ...string) (string, error) {
 	bin := c.env.Bin.containerd(c.Version, "ctr")
-	return run(ctx, stdin, nil, append([]string{bin, "-a", c.Socket(), "-n", ns}, args...)...)
+	return runOn(ctx, c.on, stdin, nil, append([]string{bin, "-a", c.Socket(), "-n", ns}, args...)...)
 }

@@ -270,10 +270,15 @@ func (c *Counter) serve() (host string, stop func() error, err error) {
 	if err != nil {
 		return "", nil, fmt.Errorf("port of the registry: %w", err)
 	}
+	return l.Addr().String(), c.serveOn(l), nil
+}
+
+// serveOn is serve on a listener.
+func (c *Counter) serveOn(l net.Listener) (stop func() error) {
 	srv := &http.Server{Handler: c, ReadHeaderTimeout: 10 * time.Second}
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(l) }()
-	return l.Addr().String(), func() error {
+	return func() error {
 		c.Behave(Behavior{}) // lets go of stalled bodies
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 		defer cancel()
@@ -282,5 +287,5 @@ func (c *Counter) serve() (host string, stop func() error, err error) {
 		}
 		<-served //nolint:errcheck // ErrServerClosed, and said by Shutdown
 		return nil
-	}, nil
+	}
 }

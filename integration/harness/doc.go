@@ -1,6 +1,6 @@
 // Package harness runs whole ImageWolf nodes on one machine: a registry that
 // counts and misbehaves on demand, images built from this machine's files,
-// real containerd daemons, real imagewolf daemons.
+// real containerd daemons, real imagewolf daemons, and networks between them.
 //
 // It serves the integration tests, the benchmarks and the demo. Everything it
 // starts lives below one temporary directory, its Env, and is gone when the Env

@@ -25,6 +25,7 @@ type ImageWolf struct {
 	Settings map[string]string
 
 	env        *Env
+	on         *Machine // nil: this one
 	name       string
 	content    string // containerd's content directory
 	containerd string // containerd's socket
@@ -45,13 +46,22 @@ func NewClusterKey(ctx context.Context, e *Env) (string, error) {
 
 // newImageWolf prepares a daemon for the containerd of a node.
 func newImageWolf(e *Env, name, dir, key string, c *Containerd) (*ImageWolf, error) {
-	gossip, data, err := freeAddresses()
-	if err != nil {
-		return nil, err
+	settings := map[string]string{}
+	var gossip, data string
+	if m := c.on; m != nil {
+		gossip, data = net.JoinHostPort(m.IP, "7946"), net.JoinHostPort(m.IP, "7947")
+		if m.Zone != "" {
+			settings["cluster"] = fmt.Sprintf("labels = { zone = %q }\n", m.Zone)
+		}
+	} else {
+		var err error
+		if gossip, data, err = freeAddresses(); err != nil {
+			return nil, err
+		}
 	}
 	return &ImageWolf{
-		Dir: dir, Gossip: gossip, Data: data, Settings: map[string]string{},
-		env: e, name: name, content: c.ContentDir(), containerd: c.Socket(), key: key,
+		Dir: dir, Gossip: gossip, Data: data, Settings: settings,
+		env: e, on: c.on, name: name, content: c.ContentDir(), containerd: c.Socket(), key: key,
 	}, nil
 }
 
@@ -147,7 +157,7 @@ func (w *ImageWolf) Start(ctx context.Context) error {
 	if info, err := os.Stat(w.Log()); err == nil {
 		w.logStart = info.Size()
 	}
-	p, err := w.env.start("imagewolf of "+w.name, w.Log(), nil, w.env.Bin.ImageWolf, "daemon", "--config", w.Config())
+	p, err := w.env.startOn(w.on, "imagewolf of "+w.name, w.Log(), nil, w.env.Bin.ImageWolf, "daemon", "--config", w.Config())
 	if err != nil {
 		return err
 	}
@@ -160,7 +170,7 @@ func (w *ImageWolf) serving(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	dial := func(network, addr string) error {
-		conn, err := (&net.Dialer{}).DialContext(ctx, network, addr)
+		conn, err := w.on.dial(ctx, network, addr)
 		if err != nil {
 			return err
 		}

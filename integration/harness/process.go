@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -39,6 +40,11 @@ var spawner = sync.OnceValue(func() chan func() {
 // start runs a daemon in a process group of its own, with its output appended
 // to logPath.
 func (e *Env) start(name, logPath string, env []string, argv ...string) (*Process, error) {
+	return e.startOn(nil, name, logPath, env, argv...)
+}
+
+// startOn is start on a machine of a Network; nil for this one.
+func (e *Env) startOn(m *Machine, name, logPath string, env []string, argv ...string) (*Process, error) {
 	out, err := os.OpenFile(logPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, fmt.Errorf("log of %s: %w", name, err)
@@ -48,9 +54,13 @@ func (e *Env) start(name, logPath string, env []string, argv ...string) (*Proces
 	p.cmd.Env = append(os.Environ(), env...)
 	p.cmd.Dir = filepath.Dir(logPath)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	started := make(chan error)
-	spawner() <- func() { started <- p.cmd.Start() }
-	err = <-started
+	if m != nil {
+		err = m.space.in(p.cmd.Start) // that thread stays as long as the machine
+	} else {
+		started := make(chan error)
+		spawner() <- func() { started <- p.cmd.Start() }
+		err = <-started
+	}
 	// The child has its own copy.
 	if cerr := out.Close(); err == nil && cerr != nil {
 		err = cerr
@@ -111,19 +121,52 @@ func (p *Process) Stop(limit time.Duration) error {
 }
 
 // RSS returns the resident memory of the process, in bytes.
-func (p *Process) RSS() (int64, error) {
+func (p *Process) RSS() (int64, error) { return p.memory("VmRSS") }
+
+// PeakRSS returns the most resident memory that the process has had, in bytes.
+func (p *Process) PeakRSS() (int64, error) { return p.memory("VmHWM") }
+
+func (p *Process) memory(field string) (int64, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Pid()))
 	if err != nil {
 		return 0, fmt.Errorf("memory of %s: %w", p.name, err)
 	}
 	for line := range strings.Lines(string(data)) {
 		var kb int64
-		if _, err := fmt.Sscanf(line, "VmRSS: %d kB", &kb); err == nil {
+		if _, err := fmt.Sscanf(line, field+": %d kB", &kb); err == nil {
 			return kb << 10, nil
 		}
 	}
 	return 0, fmt.Errorf("memory of %s: %w", p.name, errors.ErrUnsupported)
 }
+
+// CPU returns the processor time that the process has used, its own children
+// left out.
+func (p *Process) CPU() (time.Duration, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.Pid()))
+	if err != nil {
+		return 0, fmt.Errorf("processor time of %s: %w", p.name, err)
+	}
+	// The program's name, in parentheses, may hold blanks.
+	_, rest, _ := strings.Cut(string(data), ") ")
+	f := strings.Fields(rest)
+	if len(f) < 13 {
+		return 0, fmt.Errorf("processor time of %s: %w", p.name, errors.ErrUnsupported)
+	}
+	var ticks int64
+	for _, v := range f[11:13] { // utime and stime
+		n, err := strconv.ParseInt(v, 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("processor time of %s: %w", p.name, err)
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * time.Second / userHz, nil
+}
+
+// userHz is the unit of processor times that Linux shows, per second, on all
+// architectures that Go knows.
+const userHz = 100
 
 // Tail returns the last n bytes of a log, and what could not be read instead.
 func Tail(path string, n int64) string {
@@ -147,6 +190,11 @@ func Tail(path string, n int64) string {
 // run runs a command to its end and returns its standard output; the error
 // holds the end of what it said on both outputs.
 func run(ctx context.Context, stdin io.Reader, env []string, argv ...string) (string, error) {
+	return runOn(ctx, nil, stdin, env, argv...)
+}
+
+// runOn is run on a machine of a Network; nil for this one.
+func runOn(ctx context.Context, m *Machine, stdin io.Reader, env []string, argv ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Env = append(os.Environ(), env...)
 	cmd.Stdin = stdin
@@ -157,7 +205,10 @@ func run(ctx context.Context, stdin io.Reader, env []string, argv ...string) (st
 	var mu sync.Mutex
 	cmd.Stdout = &lockedWriter{mu: &mu, w: []io.Writer{&out, &both}}
 	cmd.Stderr = &lockedWriter{mu: &mu, w: []io.Writer{&both}}
-	err := cmd.Run()
+	err := m.in(cmd.Start)
+	if err == nil {
+		err = cmd.Wait()
+	}
 	if err != nil {
 		said := both.String()
 		if len(said) > 2000 {

@@ -25,6 +25,13 @@ func (c *Containerd) Pull(ctx context.Context, ns, ref string, flags ...string) 
 	return err
 }
 
+// Fetch gets an image's blobs with `ctr content fetch` and does not unpack them.
+// It is ctr itself that talks to the registry.
+func (c *Containerd) Fetch(ctx context.Context, ns, ref string) error {
+	_, err := c.Ctr(ctx, ns, "content", "fetch", "--hosts-dir", c.hostsDir(), ref)
+	return err
+}
+
 // PullCRI pulls an image through CRI's ImageService, as kubelet does, into the
 // namespace k8s.io.
 func (c *Containerd) PullCRI(ctx context.Context, ref string) error {

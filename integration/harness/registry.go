@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net"
 
 	"github.com/distribution/distribution/v3/configuration"
 	"github.com/distribution/distribution/v3/registry/handlers"
@@ -20,6 +21,10 @@ type Registry struct {
 	// Host is its host:port, as image names have it.
 	Host string
 }
+
+// ServeAlso has the registry answer on a further listener, such as one on a
+// Machine, until stop is called, which closes it.
+func (r *Registry) ServeAlso(l net.Listener) (stop func() error) { return r.serveOn(l) }
 
 // NewRegistry starts a registry; the Env's Close stops it.
 func NewRegistry(e *Env) (*Registry, error) {
