@@ -382,11 +382,11 @@ func (m *meter) traffic() (registry harness.Traffic, nodes []harness.Traffic, zo
 		if err != nil {
 			return registry, nil, 0, err
 		}
-		zones += c.Received
+		zones += c.Sent
 	}
 	if len(m.site.uplinks) > 0 {
-		// The registry is in no zone: what it sends is not between zones.
-		zones -= registry.Sent
+		// The registry is in no zone: what it is asked is not between zones.
+		zones -= registry.Received
 	}
 	return registry, nodes, zones, nil
 }
