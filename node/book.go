@@ -2,6 +2,7 @@ package node
 
 import (
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -20,7 +21,11 @@ type bookEntry struct {
 	decided  bool // a tracker has answered
 	fetching bool
 	users    int
+	moved    time.Time // when a new byte last came
 }
+
+// busyFor is how long after a new byte of another blob a node counts as busy.
+const busyFor = time.Second
 
 func newBook() *book { return &book{entries: map[digest.Digest]*bookEntry{}} }
 
@@ -60,6 +65,27 @@ func (b *book) fetching(d digest.Digest, yes bool) {
 	if e := b.entries[d]; e != nil {
 		e.fetching = yes
 	}
+}
+
+// moved notes that a new byte of a blob came.
+func (b *book) moved(d digest.Digest, now time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if e := b.entries[d]; e != nil {
+		e.moved = now
+	}
+}
+
+// busy says whether bytes of other blobs are coming in.
+func (b *book) busy(d digest.Digest, now time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for other, e := range b.entries {
+		if other != d && now.Sub(e.moved) < busyFor {
+			return true
+		}
+	}
+	return false
 }
 
 // standing returns how many other blobs the node fetches now (load), and how

@@ -38,6 +38,9 @@ func (s *session) progress(now time.Time) {
 	if state.Present != s.seen.Present || state.Waiting > 0 && s.seen.Waiting == 0 {
 		s.movedAt, s.usedAt = now, now
 	}
+	if state.Present > s.seen.Present {
+		s.node.book.moved(s.digest, now)
+	}
 	if state.Waiting+state.Writing > 0 {
 		s.usedAt = now
 	}
@@ -139,7 +142,7 @@ func (s *session) status() *apiv1.Status {
 	return &apiv1.Status{
 		Prefix: s.state.Prefix, Present: s.state.Present,
 		CanFetch: s.state.Waiting > 0, Fetching: s.state.Writing > 0 && !s.state.Whole,
-		Whole: s.state.Whole, Load: load, Rank: rank,
+		Whole: s.state.Whole, Load: load, Rank: rank, Busy: s.node.book.busy(s.digest, time.Now()),
 	}
 }
 
@@ -155,6 +158,7 @@ func (s *session) tell(now time.Time) {
 	}
 	only := proto.CloneOf(st)
 	only.Prefix, only.Present, only.Load, only.Rank = s.sent.GetPrefix(), s.sent.GetPresent(), s.sent.GetLoad(), s.sent.GetRank()
+	only.Busy = s.sent.GetBusy()
 	if proto.Equal(only, s.sent) && now.Sub(s.sentAt) < statusEvery {
 		return
 	}

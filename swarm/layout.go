@@ -3,14 +3,15 @@ package swarm
 import "math/bits"
 
 const (
-	minSegment = 4 << 20
+	minSegment = 1 << 20
 	maxSegment = 64 << 20
 	minPiece   = 256 << 10
 	maxPiece   = 4 << 20
 	// segmentsAim is how many segments a blob is cut into while the bounds
 	// above allow: with fewer than about 16 the last one costs a tail.
 	segmentsAim = 64
-	// piecesPerSegment is how many pieces a whole segment has.
+	// piecesPerSegment is how many pieces a whole segment has, if they are not
+	// to be smaller than the smallest.
 	piecesPerSegment = 16
 )
 

@@ -14,11 +14,12 @@ func TestLayoutOf(t *testing.T) {
 	}{
 		{"negative", -1, 0, 0, 0, 0},
 		{"empty", 0, 0, 0, 0, 0},
-		{"one byte", 1, 4 * mib, 256 << 10, 1, 1},
-		{"one piece and a byte", 256<<10 + 1, 4 * mib, 256 << 10, 1, 2},
-		{"one segment", 4 * mib, 4 * mib, 256 << 10, 1, 16},
-		{"one segment and a byte", 4*mib + 1, 4 * mib, 256 << 10, 2, 16},
-		{"largest with the smallest segment", 256 * mib, 4 * mib, 256 << 10, 64, 16},
+		{"one byte", 1, mib, 256 << 10, 1, 1},
+		{"one piece and a byte", 256<<10 + 1, mib, 256 << 10, 1, 2},
+		{"one segment", mib, mib, 256 << 10, 1, 4},
+		{"one segment and a byte", mib + 1, mib, 256 << 10, 2, 4},
+		{"largest with the smallest segment", 64 * mib, mib, 256 << 10, 64, 4},
+		{"largest with the smallest piece", 256 * mib, 4 * mib, 256 << 10, 64, 16},
 		{"a byte more", 256*mib + 1, 8 * mib, 512 << 10, 33, 16},
 		{"1 GiB", 1 << 30, 16 * mib, mib, 64, 16},
 		{"4 GiB", 4 << 30, 64 * mib, 4 * mib, 64, 16},
@@ -35,7 +36,7 @@ func TestLayoutOf(t *testing.T) {
 }
 
 func FuzzLayout(f *testing.F) {
-	for _, size := range []int64{-1, 0, 1, 4 << 20, 4<<20 + 1, 1 << 30, 1<<40 + 7, math.MaxInt64} {
+	for _, size := range []int64{-1, 0, 1, 1 << 20, 1<<20 + 1, 1 << 30, 1<<40 + 7, math.MaxInt64} {
 		f.Add(size)
 	}
 	f.Fuzz(func(t *testing.T, size int64) {
@@ -52,7 +53,7 @@ func FuzzLayout(f *testing.F) {
 				t.Fatalf("%d is no power of two", v)
 			}
 		}
-		if l.SegmentSize < minSegment || l.SegmentSize > maxSegment || l.PieceSize*piecesPerSegment != l.SegmentSize {
+		if l.SegmentSize < minSegment || l.SegmentSize > maxSegment || l.PieceSize != max(l.SegmentSize/piecesPerSegment, minPiece) {
 			t.Fatalf("out of bounds: %+v", l)
 		}
 		if l.SegmentSize < maxSegment && n > segmentsAim {

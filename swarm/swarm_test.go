@@ -205,7 +205,7 @@ func TestPeerLies(t *testing.T) {
 func TestOnlyLiars(t *testing.T) {
 	data, seeder, leecher, from, to, sink := pair(t, minSegment)
 	wrong := sha1.Sum([]byte("wrong"))
-	pieces := bytes.Repeat(wrong[:], 16)
+	pieces := bytes.Repeat(wrong[:], from.layout.Pieces(0))
 	if _, err := from.Offer(t.Context(), 0, pieces); err != nil {
 		t.Fatal(err)
 	}
@@ -457,7 +457,7 @@ func TestCloseInMidTransfer(t *testing.T) {
 		}
 	}
 	sink.seal() // the cleanup looks whether it was used
-	if err := to.Leech(0, make([]byte, 320), nil); !errdefs.IsUnavailable(err) {
+	if err := to.Leech(0, make([]byte, 80), nil); !errdefs.IsUnavailable(err) {
 		t.Errorf("Leech after Close: %v", err)
 	}
 	if _, err := to.Offer(t.Context(), 0, nil); !errdefs.IsUnavailable(err) {

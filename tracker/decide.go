@@ -164,15 +164,19 @@ func (m *Machine) hedge(now time.Time) {
 // patience is how long a fetcher may stand still before another is sent beside
 // it. containerd hands bytes on 1 MiB at a time, so on a slow line a fetcher
 // seems to stand still between two of them, and a second one would make the
-// line slower yet.
+// line slower yet. Above all where bytes of other blobs keep coming in: its
+// line works, but is shared by many.
 func (m *Machine) patience(f *member) time.Duration {
-	if !f.fetching {
+	switch {
+	case !f.fetching:
 		return m.stall // it was told, and its client has not even begun
-	}
-	if f.gap == 0 {
+	case f.busy:
+		return busyStalls * m.stall
+	case f.gap == 0:
 		return 2 * m.stall
+	default:
+		return min(max(2*f.gap, m.stall), m.stall+slowSlack)
 	}
-	return min(max(2*f.gap, m.stall), m.stall+slowSlack)
 }
 
 // expireTold takes the role from members that were told to fetch long ago and

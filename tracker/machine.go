@@ -51,6 +51,9 @@ const (
 	// slowSlack is how much longer than the stall timeout a fetcher on a slow
 	// line may go without a new byte.
 	slowSlack = 3 * time.Second
+	// busyStalls is after how many stall timeouts a fetcher is given up that
+	// gets bytes of other blobs all the while.
+	busyStalls = 5
 	// askAgain is how often a member's Ask is listened to.
 	askAgain = 250 * time.Millisecond
 	// sweepEvery is how often all leechers are looked at.

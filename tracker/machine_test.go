@@ -156,7 +156,7 @@ func (s *script) event(now time.Time, f []string) []Command {
 	return s.m.Message(now, name, msg)
 }
 
-// status applies words to a status: can, fetching, whole (each negated by a
+// status applies words to a status: can, fetching, busy, whole (each negated by a
 // leading -), prefix= and present= in MiB, load=, rank=; and to a hello:
 // zone=, resumed, has=0+1+2.
 func (s *script) status(st *api.Status, words []string, h *api.Hello) {
@@ -169,6 +169,8 @@ func (s *script) status(st *api.Status, words []string, h *api.Hello) {
 			st.CanFetch = on
 		case "fetching":
 			st.Fetching = on
+		case "busy":
+			st.Busy = on
 		case "whole":
 			st.Whole = on
 		case "prefix":
@@ -396,6 +398,12 @@ var machineTests = []struct {
 			5900ms status b prefix=2
 			7s    status b prefix=2.5
 			8.9s  tick`},
+	{name: "a busy fetcher is given more time, until it is idle", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    status a fetching -can busy
+			9s    tick
+			9.5s  status a -busy        > b fetch`},
 	{name: "a slow fetcher is given time for the next MiB", lines: `
 			0s    join a can            > a fetch
 			0s    join b can            > b wait

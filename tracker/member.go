@@ -30,6 +30,7 @@ type member struct {
 	canFetch        bool
 	fetching        bool
 	whole           bool
+	busy            bool
 	load, rank      uint32
 
 	class   class
@@ -91,7 +92,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		}
 	}
 	changed := x.class == gone || x.canFetch != s.GetCanFetch() || x.fetching != s.GetFetching() ||
-		x.whole != s.GetWhole() || x.load != s.GetLoad() || (x.present < m.size) != (present < m.size) ||
+		x.whole != s.GetWhole() || x.load != s.GetLoad() || x.busy != s.GetBusy() || (x.present < m.size) != (present < m.size) ||
 		(!m.vacant.IsZero() && prefix > x.prefix && prefix >= m.reach())
 	if s.GetWhole() && !x.whole {
 		x.relay = x.class == leecher
@@ -112,7 +113,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	turned := x.class != gone && x.canFetch != s.GetCanFetch()
 	x.prefix, x.present = prefix, present
 	x.canFetch, x.fetching, x.whole = s.GetCanFetch(), s.GetFetching(), s.GetWhole()
-	x.load, x.rank = s.GetLoad(), s.GetRank()
+	x.load, x.rank, x.busy = s.GetLoad(), s.GetRank(), s.GetBusy()
 	m.sort(now, x)
 	if turned { // its client has come or gone, and with it the use of a first hop
 		for i := range m.segs {

@@ -381,6 +381,7 @@ type Status struct {
 	Whole         bool                   `protobuf:"varint,5,opt,name=whole,proto3" json:"whole,omitempty"`                       // all there and the sha256 right
 	Load          uint32                 `protobuf:"varint,6,opt,name=load,proto3" json:"load,omitempty"`                         // other blobs that this node is fetching right now
 	Rank          uint32                 `protobuf:"varint,7,opt,name=rank,proto3" json:"rank,omitempty"`                         // blobs this node asked for before this one that are still undecided or being fetched
+	Busy          bool                   `protobuf:"varint,8,opt,name=busy,proto3" json:"busy,omitempty"`                         // bytes of other blobs came in here within the last second
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -462,6 +463,13 @@ func (x *Status) GetRank() uint32 {
 		return x.Rank
 	}
 	return 0
+}
+
+func (x *Status) GetBusy() bool {
+	if x != nil {
+		return x.Busy
+	}
+	return false
 }
 
 // Inline carries a whole small blob (at most 64 KiB).
@@ -1032,7 +1040,7 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\aresumed\x18\a \x01(\bR\aresumed\"<\n" +
 	"\bAnnounce\x12\x18\n" +
 	"\asegment\x18\x01 \x01(\rR\asegment\x12\x16\n" +
-	"\x06pieces\x18\x02 \x01(\fR\x06pieces\"\xb1\x01\n" +
+	"\x06pieces\x18\x02 \x01(\fR\x06pieces\"\xc5\x01\n" +
 	"\x06Status\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\x03R\x06prefix\x12\x18\n" +
 	"\apresent\x18\x02 \x01(\x03R\apresent\x12\x1b\n" +
@@ -1040,7 +1048,8 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\bfetching\x18\x04 \x01(\bR\bfetching\x12\x14\n" +
 	"\x05whole\x18\x05 \x01(\bR\x05whole\x12\x12\n" +
 	"\x04load\x18\x06 \x01(\rR\x04load\x12\x12\n" +
-	"\x04rank\x18\a \x01(\rR\x04rank\"\x1c\n" +
+	"\x04rank\x18\a \x01(\rR\x04rank\x12\x12\n" +
+	"\x04busy\x18\b \x01(\bR\x04busy\"\x1c\n" +
 	"\x06Inline\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x05\n" +
 	"\x03Ask\"\x1f\n" +
