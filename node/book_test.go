@@ -2,6 +2,7 @@ package node
 
 import (
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -32,4 +33,18 @@ func TestBookStanding(t *testing.T) {
 	want(c, 0, 0)
 	book.enter(b) // asks again, so stands behind c
 	want(b, 0, 1)
+}
+
+func TestBookBusy(t *testing.T) {
+	a, b := digest.FromString("a"), digest.FromString("b")
+	book, now := newBook(), time.Now()
+	book.enter(a)
+	book.enter(b)
+	book.moved(a, now)
+	if book.busy(a, now) {
+		t.Error("busy with its own bytes")
+	}
+	if !book.busy(b, now.Add(busyFor/2)) || book.busy(b, now.Add(busyFor)) {
+		t.Error("busy neither with another blob's bytes nor for as long as said")
+	}
 }

@@ -74,6 +74,7 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 	})
 	st.server = tracker.NewServer(tracker.ServerOptions{
 		StallTimeout: cfg.Tracker.StallTimeout.Duration(),
+		MaxWait:      cfg.Tracker.MaxWait.Duration(),
 		Members:      func() int { return len(c.Members()) },
 		Layout: func(size int64) tracker.Layout {
 			l := swarm.LayoutOf(size)

@@ -472,6 +472,40 @@ func TestCloseInMidTransfer(t *testing.T) {
 	m.await(t, 0, minSegment)
 }
 
+// Nodes that both have all of a segment keep no connection for it: each would
+// cost as much as a busy one for as long as the blob is open.
+func TestNoConnectionOutlivesItsUse(t *testing.T) {
+	const size = 8 * minSegment
+	data := content(size, 1)
+	d := digest.FromBytes(data)
+	peers := make([]*peer, 6)
+	blobs, sinks := make([]*Blob, len(peers)), make([]*memory, len(peers))
+	for i := range peers {
+		peers[i], sinks[i] = newPeer(t), newMemory(size)
+		if i == 0 {
+			sinks[i] = wholeMemory(data)
+		}
+		blobs[i] = peers[i].open(t, d, sinks[i])
+	}
+	for i, pieces := range offerAll(t, blobs[0]) {
+		for _, b := range blobs[1:] {
+			if err := b.Leech(i, pieces, addrs(peers...)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, m := range sinks {
+		m.await(t, 0, size)
+	}
+	for _, p := range peers {
+		eventually(t, "disconnected", func() bool {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return len(p.conns) == 0
+		})
+	}
+}
+
 func TestBan(t *testing.T) {
 	_, seeder, _, from, to, sink := pair(t, minSegment, func(o *Options) { o.UploadLimit = 2e6 })
 	pieces := offerAll(t, from)[0]

@@ -167,16 +167,20 @@ func (m *Machine) hedge(now time.Time) {
 // line slower yet. Above all where bytes of other blobs keep coming in: its
 // line works, but is shared by many.
 func (m *Machine) patience(f *member) time.Duration {
-	switch {
-	case !f.fetching:
+	if !f.fetching {
 		return m.stall // it was told, and its client has not even begun
-	case f.busy:
-		return busyStalls * m.stall
-	case f.gap == 0:
-		return 2 * m.stall
-	default:
-		return min(max(2*f.gap, m.stall), m.stall+slowSlack)
 	}
+	d := min(max(2*f.gap, m.stall), m.stall+slowSlack)
+	switch {
+	case f.busy:
+		d = busyStalls * m.stall
+	case f.gap == 0:
+		d = 2 * m.stall
+	}
+	if m.maxWait > 0 {
+		d = min(d, max(m.maxWait/2, m.stall))
+	}
+	return d
 }
 
 // expireTold takes the role from members that were told to fetch long ago and

@@ -104,6 +104,10 @@ type MachineOptions struct {
 	// StallTimeout is how long a fetcher may stand still before another one
 	// is sent beside it; 0 means DefaultStallTimeout.
 	StallTimeout time.Duration
+	// MaxWait is after how long without a new byte members go to the registry
+	// by themselves, all of them: a second fetcher is sent well before that.
+	// 0 means never.
+	MaxWait time.Duration
 	// Members is how many nodes the cluster has now; nil if unknown. Once
 	// all of them have joined there is no one left to wait for.
 	Members func() int
@@ -125,6 +129,7 @@ type Machine struct {
 	digest  digest.Digest
 	size    int64
 	stall   time.Duration
+	maxWait time.Duration
 	count   func() int
 	layout  Layout
 	hash    uint64
@@ -167,6 +172,7 @@ func NewMachine(d digest.Digest, size int64, o MachineOptions) *Machine {
 		digest:  d,
 		size:    size,
 		stall:   cmp.Or(o.StallTimeout, DefaultStallTimeout),
+		maxWait: o.MaxWait,
 		count:   o.Members,
 		hash:    hashString(d.String()),
 		members: map[string]*member{},

@@ -36,6 +36,8 @@ const (
 type ServerOptions struct {
 	// StallTimeout: see MachineOptions.
 	StallTimeout time.Duration
+	// MaxWait: see MachineOptions.
+	MaxWait time.Duration
 	// Members is how many nodes the cluster has now; nil if unknown.
 	Members func() int
 	// Layout cuts a blob of the given size (bytes) into segments. Required.
@@ -292,7 +294,7 @@ func (b *blob) dispatch(c Command) {
 func (b *blob) open(size int64) error {
 	if err := b.run(func(*Machine, time.Time) ([]Command, error) {
 		b.machine = NewMachine(b.digest, size, MachineOptions{
-			StallTimeout: b.s.o.StallTimeout, Members: b.s.o.Members, Layout: b.s.o.Layout,
+			StallTimeout: b.s.o.StallTimeout, MaxWait: b.s.o.MaxWait, Members: b.s.o.Members, Layout: b.s.o.Layout,
 		})
 		return nil, nil
 	}); err != nil {

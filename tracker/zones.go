@@ -155,7 +155,7 @@ func (m *Machine) isHop(i int, y *member) bool {
 // useful says whether one more origin of a segment is to send it to anyone:
 // where there are zones, not into one that has it from elsewhere.
 func (m *Machine) useful(i int, origin *member) bool {
-	return len(m.zones) < 2 && m.zones[origin.zone] != nil || len(m.zones[origin.zone]) > 0 ||
+	return len(m.zones[origin.zone]) > 0 ||
 		(len(m.segs[i].relays) == 0 && m.workingHop(i) == nil)
 }
 
