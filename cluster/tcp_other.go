@@ -7,5 +7,5 @@ import (
 	"time"
 )
 
-// setUserTimeout is for Linux, the only system that nodes run on.
-func setUserTimeout(*net.TCPConn, time.Duration) {}
+// setTCP is for Linux, the only system that nodes run on.
+func setTCP(*net.TCPConn, time.Duration, int) {}

@@ -118,6 +118,10 @@ func dialTCP(ctx context.Context, addr string) (net.Conn, error) {
 // are dropped: a host that lost power ends no connection by itself.
 const deadAfter = 10 * time.Second
 
+// maxUnsent is how many bytes of a connection may wait in the kernel that are
+// not on the wire: enough for a few milliseconds at 1 Gbit/s.
+const maxUnsent = 256 << 10
+
 // tune has the kernel notice dead hosts: by probes while a connection rests,
 // and by a limit on how long sent bytes may go unconfirmed.
 func tune(conn net.Conn) {
@@ -129,5 +133,5 @@ func tune(conn net.Conn) {
 	_ = tcp.SetKeepAliveConfig(net.KeepAliveConfig{
 		Enable: true, Idle: deadAfter / 2, Interval: deadAfter / 5, Count: 3,
 	})
-	setUserTimeout(tcp, deadAfter)
+	setTCP(tcp, deadAfter, maxUnsent)
 }

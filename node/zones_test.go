@@ -189,7 +189,7 @@ func (z *zoned) look(p *zonedPeer) bool {
 // Real peers in three zones, told what to do by the tracker: each byte goes
 // from zone to zone twice and not more often.
 func TestBytesCrossIntoAZoneOnce(t *testing.T) {
-	content := make([]byte, 40<<20)
+	content := make([]byte, 20<<20)
 	if _, err := rand.Read(content); err != nil {
 		t.Fatal(err)
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/anacrolix/torrent"
 	"github.com/anacrolix/torrent/metainfo"
+	pp "github.com/anacrolix/torrent/peer_protocol"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 )
@@ -23,6 +24,13 @@ const (
 	maxPeers = 64
 	// maxAddress is the longest peer address that is taken, in bytes.
 	maxAddress = 300
+	// maxUnderWay is how many segments of a blob are downloaded at a time. Each
+	// has connections of its own, at about 200 KB, and a node that comes late to
+	// a blob of 100 GiB is told of all its 1,600 segments at once.
+	maxUnderWay = 64
+	// stalled is after how long without a byte a segment does not count as under
+	// way any more. It goes on all the same.
+	stalled = 2 * time.Second
 )
 
 // Blob is this node's part in the swarm of one blob. Its methods may be called
@@ -45,6 +53,7 @@ type Blob struct {
 	// back with its lock held, so mu must not be taken in callbacks.
 	mu       sync.Mutex
 	closed   bool             // guarded by mu
+	limit    int              // of segments under way; guarded by mu
 	segs     map[int]*segment // guarded by mu
 	faces    map[string]*face // guarded by mu; by peer address
 	acct     sync.Mutex
@@ -63,10 +72,13 @@ type segment struct {
 
 	t      *torrent.Torrent // guarded by blob.mu; nil once dropped
 	peers  []string         // guarded by blob.mu; where to download from
+	begun  time.Time        // guarded by blob.mu; when peers were first handed in
 	parted bool             // guarded by blob.mu; whole, and no connection is left that is of no use
 
-	// guarded by blob.acct: who sent chunks of each piece that is not checked
-	// yet, which pieces were checked and good, and which could not be read.
+	// guarded by blob.acct: when a chunk last came, who sent chunks of each piece
+	// that is not checked yet, which pieces were checked and good, and which
+	// could not be read.
+	moved   time.Time
 	senders map[int]map[string]struct{}
 	good    map[int]struct{}
 	broken  map[int]struct{}
@@ -74,7 +86,7 @@ type segment struct {
 
 func newBlob(s *Swarm, d digest.Digest, size int64, data Data) *Blob {
 	b := &Blob{
-		swarm: s, digest: d, layout: LayoutOf(size), data: data,
+		swarm: s, digest: d, layout: LayoutOf(size), data: data, limit: maxUnderWay,
 		wake:     make(chan struct{}, 1),
 		segs:     map[int]*segment{},
 		faces:    map[string]*face{},
@@ -176,13 +188,13 @@ func (b *Blob) verified(seg int) []byte {
 
 // Leech downloads a segment from peers (each host:port), which are tried again
 // every 250 ms until it is whole; it is offered to others meanwhile, and
-// afterwards until Close. Called again for the same segment it adds peers. Of
-// a segment that is whole already nothing is downloaded. Peers whose address
-// cannot be one are left out.
+// afterwards until Close. Called again for the same segment it adds peers; with
+// other hashes it begins anew, with these peers alone, and keeps the bytes that
+// are present. Of a segment that is whole already nothing is downloaded. Peers
+// whose address cannot be one are left out.
 //
 // Errors: ErrOutOfRange and ErrInvalidArgument for a segment or hashes that
-// cannot be, ErrFailedPrecondition for hashes other than before,
-// ErrUnavailable after Close, and whatever Data returned.
+// cannot be, ErrUnavailable after Close, and whatever Data returned.
 func (b *Blob) Leech(seg int, pieces []byte, peers []string) error {
 	if err := checkPieces(b.layout, seg, pieces); err != nil {
 		return fmt.Errorf("leech %s: %w", b.digest, err)
@@ -190,14 +202,17 @@ func (b *Blob) Leech(seg int, pieces []byte, peers []string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if s := b.segs[seg]; s != nil && !bytes.Equal(s.pieces, pieces) {
-		return fmt.Errorf("leech %s: segment %d has other piece hashes: %w", b.digest, seg, errdefs.ErrFailedPrecondition)
+		b.drop(s)
 	}
 	s, err := b.add(seg, bytes.Clone(pieces))
 	if err != nil {
 		return err
 	}
 	s.addPeers(peers)
-	b.handIn(s, time.Now())
+	now := time.Now()
+	if b.begin(s, now, b.limit-b.underWay(now)) {
+		b.handIn(s, now)
+	}
 	b.poke()
 	return nil
 }
@@ -263,7 +278,7 @@ func (b *Blob) add(seg int, pieces []byte) (*segment, error) {
 	b.swarm.segments.Store(s.hash, s)
 	t, isNew := b.swarm.client.AddTorrentOpt(torrent.AddTorrentOpts{
 		InfoHash: s.hash, InfoBytes: info, Storage: s,
-		ChunkSize: chunkSize, DisableInitialPieceCheck: true,
+		ChunkSize: pp.Integer(b.layout.ChunkSize()), DisableInitialPieceCheck: true,
 	})
 	if !isNew || t.Info() == nil {
 		b.swarm.segments.Delete(s.hash)

@@ -82,8 +82,11 @@ func (c *conn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write waits for the upload limit.
+// Write waits for the upload limit. After Close nothing is sent any more.
 func (c *conn) Write(p []byte) (n int, err error) {
+	if c.ctx.Err() != nil {
+		return 0, net.ErrClosed
+	}
 	limit := c.swarm.upload
 	if limit == nil {
 		return c.Conn.Write(p)
@@ -109,10 +112,13 @@ func (c *conn) SetDeadline(t time.Time) error {
 	return nil
 }
 
-// Close closes the connection. It may be called more than once.
+// Close closes the connection. It may be called more than once, and does not
+// wait: the client calls it with its lock held, and the goodbye stands in line
+// behind what is being sent.
 func (c *conn) Close() error {
 	err := net.ErrClosed
 	c.once.Do(func() {
+		err = nil
 		c.cancel()
 		if c.face.conn == c {
 			c.face.gone.Store(true)
@@ -120,7 +126,7 @@ func (c *conn) Close() error {
 		c.swarm.mu.Lock()
 		delete(c.swarm.conns, c)
 		c.swarm.mu.Unlock()
-		err = c.Conn.Close()
+		c.swarm.spawn(func() { _ = c.Conn.Close() }) // a trunk that is gone tells nobody
 	})
 	return err
 }
@@ -180,13 +186,12 @@ func (d dialer) Dial(ctx context.Context, text string) (net.Conn, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
-	c, err := s.opts.Dial(ctx, f.addr)
+	c, err := s.openStream(ctx, f.addr)
 	s.dialed(f.addr, err, time.Now())
 	if err != nil {
 		s.opts.Log.Debug("peer not reached", "address", f.addr, "err", err)
 		return deadConn{f, err}, nil
 	}
-	s.learn(peerName(c), f.addr)
 	return s.newConn(c, f), nil
 }
 
@@ -219,36 +224,4 @@ func (s *Swarm) dialed(addr string, err error, now time.Time) {
 		clear(s.unreachable) // costs a dial each, no more
 	}
 	s.unreachable[addr] = u
-}
-
-// listener hands accepted connections to the torrent client.
-type listener struct {
-	net.Listener
-	s *Swarm
-}
-
-// Accept returns an error only when the swarm is ending: the client, which
-// calls it, would try again without a pause.
-func (l listener) Accept() (net.Conn, error) {
-	wait := 5 * time.Millisecond
-	for {
-		c, err := l.Listener.Accept()
-		if err == nil {
-			f := l.s.newFace("", l.s.identify(c))
-			// The face is not seen by anybody else before the connection is.
-			f.conn = l.s.newConn(c, f)
-			return f.conn, nil
-		}
-		if errors.Is(err, net.ErrClosed) {
-			<-l.s.ctx.Done()
-			return nil, err
-		}
-		l.s.opts.Log.Warn("peer connection not accepted", "err", err)
-		select {
-		case <-l.s.ctx.Done():
-			return nil, err
-		case <-time.After(wait):
-			wait = min(2*wait, time.Second)
-		}
-	}
 }

@@ -36,14 +36,15 @@ func (s *Swarm) check(c *torrent.PeerConn, m *pp.Message) {
 	}
 	v, _ := s.segments.Load(c.Torrent().InfoHash())
 	seg, _ := v.(*segment)
-	if seg == nil || !g.allows(m, seg.n, seg.blob.layout.PieceSize) {
+	if seg == nil || !g.allows(m, seg.n, seg.blob.layout) {
 		*m = badMessage
 	}
 }
 
 // allows reports whether a node of ours could have sent m about a segment of
 // size bytes.
-func (g *guard) allows(m *pp.Message, size, pieceSize int64) bool {
+func (g *guard) allows(m *pp.Message, size int64, l Layout) bool {
+	pieceSize := l.PieceSize
 	switch m.Type {
 	case pp.Choke, pp.Unchoke, pp.Interested, pp.NotInterested:
 		return true
@@ -57,9 +58,9 @@ func (g *guard) allows(m *pp.Message, size, pieceSize int64) bool {
 		g.told = true
 		return int64(m.Index) < (size-1)/pieceSize+1
 	case pp.Request, pp.Cancel, pp.Reject:
-		return isChunk(int64(m.Index), int64(m.Begin), int64(m.Length), size, pieceSize)
+		return isChunk(int64(m.Index), int64(m.Begin), int64(m.Length), size, l)
 	case pp.Piece:
-		return isChunk(int64(m.Index), int64(m.Begin), int64(len(m.Piece)), size, pieceSize)
+		return isChunk(int64(m.Index), int64(m.Begin), int64(len(m.Piece)), size, l)
 	default:
 		// Extensions, version 2 hashes, DHT ports, suggestions.
 		return false
@@ -68,7 +69,8 @@ func (g *guard) allows(m *pp.Message, size, pieceSize int64) bool {
 
 // isChunk reports whether the range is one of the chunks that the segment's
 // pieces are cut into.
-func isChunk(index, begin, length, size, pieceSize int64) bool {
+func isChunk(index, begin, length, size int64, l Layout) bool {
+	pieceSize, chunkSize := l.PieceSize, l.ChunkSize()
 	if index >= (size-1)/pieceSize+1 {
 		return false
 	}

@@ -12,6 +12,7 @@ import (
 
 	pp "github.com/anacrolix/torrent/peer_protocol"
 	"github.com/opencontainers/go-digest"
+	"github.com/xtaci/smux"
 )
 
 // evil is a peer that speaks for itself.
@@ -69,8 +70,16 @@ func attack(t testing.TB, p *peer, s *segment) evil {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = c.Close() })
-	e, err := shake(c, s.hash)
+	session, err := smux.Client(c, &trunkConfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = session.Close() })
+	stream, err := session.OpenStream()
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := shake(stream, s.hash)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +137,7 @@ func TestEvilChunk(t *testing.T) {
 			e.send(pp.Message{Type: pp.Piece, Index: m.Index, Begin: m.Begin, Piece: make([]byte, m.Length)})
 			continue
 		}
-		e.send(pp.Message{Type: pp.Piece, Index: m.Index, Begin: m.Begin + 1, Piece: make([]byte, chunkSize)})
+		e.send(pp.Message{Type: pp.Piece, Index: m.Index, Begin: m.Begin + 1, Piece: make([]byte, minChunk)})
 		break
 	}
 	if err := e.hungUp(); err != nil && isTimeout(err) {
@@ -145,7 +154,7 @@ func FuzzGuard(f *testing.F) {
 	for _, m := range []pp.Message{
 		{Type: pp.HaveAll},
 		{Type: pp.Bitfield, Bitfield: make([]bool, 16)},
-		{Type: pp.Request, Index: 1, Begin: chunkSize, Length: chunkSize},
+		{Type: pp.Request, Index: 1, Begin: minChunk, Length: minChunk},
 		{Type: pp.Piece, Index: 9, Piece: []byte("x")},
 		{Type: pp.Extended, ExtendedID: 1, ExtendedPayload: []byte("d8:msg_typei0e5:piecei-1ee")},
 	} {

@@ -44,7 +44,7 @@ type memory struct {
 }
 
 func newMemory(size int) *memory {
-	return &memory{bytes: make([]byte, size), there: make([]bool, (size-1)/chunkSize+1), marked: make(chan struct{}, 1)}
+	return &memory{bytes: make([]byte, size), there: make([]bool, (size-1)/minChunk+1), marked: make(chan struct{}, 1)}
 }
 
 // wholeMemory is a blob that is all there.
@@ -59,8 +59,8 @@ func (m *memory) fill(content []byte, off, n int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	copy(m.bytes[off:off+n], content[off:off+n])
-	for at := off; at < off+n; at += chunkSize {
-		m.there[at/chunkSize] = true
+	for at := off; at < off+n; at += minChunk {
+		m.there[at/minChunk] = true
 	}
 }
 
@@ -101,7 +101,7 @@ func (m *memory) WriteAt(p []byte, off int64) (int, error) {
 	if off+int64(len(p)) > int64(len(m.bytes)) {
 		return 0, io.ErrShortWrite
 	}
-	if !m.there[int(off/chunkSize)] {
+	if !m.there[int(off/minChunk)] {
 		copy(m.bytes[off:], p)
 	}
 	return len(p), nil
@@ -114,8 +114,8 @@ func (m *memory) MarkPresent(off, n int64) error {
 	if m.marking != nil {
 		return m.marking
 	}
-	for at := off; at < off+n; at += chunkSize {
-		m.there[int(at/chunkSize)] = true
+	for at := off; at < off+n; at += minChunk {
+		m.there[int(at/minChunk)] = true
 	}
 	select {
 	case m.marked <- struct{}{}:
@@ -128,8 +128,8 @@ func (m *memory) Present(off, n int64) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.used()
-	for at := off; at < off+n; at += chunkSize {
-		if !m.there[int(at/chunkSize)] {
+	for at := off; at < off+n; at += minChunk {
+		if !m.there[int(at/minChunk)] {
 			return false
 		}
 	}

@@ -64,6 +64,7 @@ func (s *segment) received(peer string, piece, n int) {
 	b.touch()
 	b.acct.Lock()
 	defer b.acct.Unlock()
+	s.moved = time.Now()
 	b.account(peer).bytes += int64(n)
 	from := s.senders[piece]
 	if from == nil {
@@ -98,7 +99,8 @@ func (s *segment) unread(piece int) {
 // good and a bad peer could be mixed for ever. So all but the one with the
 // best record are left out for a while: either the piece is good then, and the
 // client finds out and bans who had sent something else, or it is bad, and the
-// one is banned.
+// one is banned. Pieces in which they were mixed before one was left out say
+// nothing new, and there may be dozens of them.
 func (s *segment) failed(piece int, now time.Time) {
 	b := s.blob
 	b.acct.Lock()
@@ -111,6 +113,7 @@ func (s *segment) failed(piece int, now time.Time) {
 	}
 	best := ""
 	record := func(p string) int { a := b.account(p); return a.good - a.bad }
+	stale := slices.ContainsFunc(from, func(p string) bool { return now.Before(b.account(p).until) })
 	for _, p := range from {
 		if best == "" || record(p) > record(best) {
 			best = p
@@ -118,6 +121,9 @@ func (s *segment) failed(piece int, now time.Time) {
 	}
 	for _, p := range from {
 		a := b.account(p)
+		if len(from) > 1 && stale {
+			continue
+		}
 		a.bad++
 		switch {
 		case len(from) == 1 || a.bad-a.good >= maxBad:
@@ -168,6 +174,7 @@ func (b *Blob) look(now time.Time) (more bool) {
 		return false
 	}
 	b.kick()
+	room := b.limit - b.underWay(now)
 	for _, s := range b.segs {
 		if s.t.Complete().Bool() {
 			more = b.part(s) || more
@@ -175,9 +182,40 @@ func (b *Blob) look(now time.Time) (more bool) {
 		}
 		more = true
 		b.refresh(s)
-		b.handIn(s, now)
+		begun := !s.begun.IsZero()
+		if !b.begin(s, now, room) {
+			continue
+		}
+		if b.handIn(s, now); !begun {
+			room--
+		}
 	}
 	return more
+}
+
+// begin reports whether the segment's peers are to be handed in, which it is not
+// for long if there is no room for one more segment. b.mu must be held.
+func (b *Blob) begin(s *segment, now time.Time, room int) bool {
+	if s.begun.IsZero() && len(s.peers) > 0 && room > 0 {
+		s.begun = now
+	}
+	return !s.begun.IsZero()
+}
+
+// underWay counts the segments that peers are sending. b.mu must be held.
+func (b *Blob) underWay(now time.Time) (n int) {
+	for _, s := range b.segs {
+		if s.begun.IsZero() || s.t.Complete().Bool() {
+			continue
+		}
+		b.acct.Lock()
+		last := s.moved
+		b.acct.Unlock()
+		if now.Sub(last) < stalled || now.Sub(s.begun) < stalled {
+			n++
+		}
+	}
+	return n
 }
 
 // part closes the connections of a segment that is whole here with peers that

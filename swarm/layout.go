@@ -7,6 +7,14 @@ const (
 	maxSegment = 64 << 20
 	minPiece   = 256 << 10
 	maxPiece   = 4 << 20
+	// minChunk and maxChunk bound the unit of a request. 128 KiB is refused; with
+	// 16 KiB a fast link is used by half, with 64 KiB in a small segment too much
+	// of it comes twice, from two peers.
+	minChunk = 16 << 10
+	maxChunk = 64 << 10
+	// chunksPerSegment is how many chunks a whole segment has, if the bounds
+	// allow.
+	chunksPerSegment = 64
 	// segmentsAim is how many segments a blob is cut into while the bounds
 	// above allow: with fewer than about 16 the last one costs a tail.
 	segmentsAim = 64
@@ -66,6 +74,11 @@ func (l Layout) Segment(i int) (off, n int64) {
 	}
 	off = int64(i) * l.SegmentSize
 	return off, min(l.SegmentSize, l.Size-off)
+}
+
+// ChunkSize returns the size in bytes of every request but a piece's last.
+func (l Layout) ChunkSize() int64 {
+	return min(max(l.SegmentSize/chunksPerSegment, minChunk), maxChunk)
 }
 
 // Pieces returns how many pieces segment i has; 0 outside [0, Segments()).

@@ -30,10 +30,12 @@ import (
 )
 
 const (
-	// chunkSize is the unit of a request. All nodes must agree on it. With
-	// 16 KiB, the protocol's habit, a transfer has two thirds of the speed;
-	// 128 KiB is refused.
-	chunkSize = 64 << 10
+	// maxRequests is how many chunks of one connection are on their way at most.
+	// Whatever is asked of a second peer, because it is faster, comes twice if
+	// the first has sent it already: at slow links a tenth of all bytes, without
+	// this bound. Several segments are under way at once, so that it costs no
+	// speed.
+	maxRequests = 4
 	// keepAlive is how often an idle connection's writer looks for work. The
 	// client loses a wake-up now and then, and until this fires the transfer
 	// stands still.
@@ -41,7 +43,7 @@ const (
 	// connsPerTorrent bounds the established connections of one segment.
 	connsPerTorrent = 16
 	// uploadBuffer bounds the bytes read ahead for one connection.
-	uploadBuffer = 512 << 10
+	uploadBuffer = 64 << 10
 	// handshakeTimeout and dialTimeout bound one attempt to connect.
 	handshakeTimeout = 5 * time.Second
 	dialTimeout      = 3 * time.Second
@@ -81,17 +83,22 @@ type Swarm struct {
 	running          atomic.Bool
 	client           *torrent.Client // set before up is closed
 
-	segments sync.Map // metainfo.Hash -> *segment, of all torrents
+	segments sync.Map       // metainfo.Hash -> *segment, of all torrents
+	incoming chan *conn     // peer connections for the client to accept
+	work     sync.WaitGroup // what spawn runs; Add under mu
 	lastFace atomic.Uint64
 
 	// mu is taken last: with it held neither the client nor a blob is called.
 	mu          sync.Mutex
 	stopping    bool                    // guarded by mu
+	ended       bool                    // guarded by mu; work is waited for
 	blobs       map[digest.Digest]*Blob // guarded by mu
 	faces       map[string]*face        // guarded by mu; by IP address as text
 	names       map[string]string       // guarded by mu; address by peer name
 	conns       map[*conn]struct{}      // guarded by mu
 	unreachable map[string]unreachable  // guarded by mu
+	trunks      map[string]*trunk       // guarded by mu; those that this node has dialed, by address
+	accepted    map[*trunk]struct{}     // guarded by mu; those that others have
 }
 
 // New returns a Swarm that does nothing until Run is called.
@@ -99,11 +106,14 @@ func New(o Options) *Swarm {
 	s := &Swarm{
 		opts: o, upload: newLimiter(o.UploadLimit), download: newLimiter(o.DownloadLimit),
 		up:          make(chan struct{}),
+		incoming:    make(chan *conn),
 		blobs:       map[digest.Digest]*Blob{},
 		faces:       map[string]*face{},
 		names:       map[string]string{},
 		conns:       map[*conn]struct{}{},
 		unreachable: map[string]unreachable{},
+		trunks:      map[string]*trunk{},
+		accepted:    map[*trunk]struct{}{},
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -124,6 +134,7 @@ func (s *Swarm) Run(ctx context.Context) error {
 	client.AddDialer(dialer{s})
 	client.AddListener(listener{s.opts.Listener, s})
 	s.client = client
+	s.spawn(s.acceptTrunks)
 	close(s.up)
 
 	tick := time.NewTicker(pace)
@@ -132,8 +143,9 @@ func (s *Swarm) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return s.stop()
-		case <-tick.C:
+		case now := <-tick.C:
 			s.sweepFaces(client.BadPeerIPs())
+			s.sweepTrunks(now)
 		}
 	}
 }
@@ -165,6 +177,7 @@ func (s *Swarm) stop() error {
 	for _, c := range conns {
 		_ = c.Close() // the client closes most of them as well
 	}
+	s.stopTrunks()
 	return errors.Join(errs...)
 }
 
@@ -276,6 +289,7 @@ func (s *Swarm) completedHandshake(c *torrent.PeerConn, h metainfo.Hash) {
 	if f == nil || seg == nil {
 		return // the client refuses it
 	}
+	c.PeerMaxRequests = maxRequests
 	if f.conn != nil {
 		f.blob.Store(seg.blob)
 		if seg.blob.refuses(f.peer, time.Now()) {
