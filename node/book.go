@@ -25,7 +25,7 @@ type bookEntry struct {
 }
 
 // busyFor is how long after a new byte of another blob a node counts as busy.
-const busyFor = time.Second
+const busyFor = 3 * time.Second
 
 func newBook() *book { return &book{entries: map[digest.Digest]*bookEntry{}} }
 

@@ -189,7 +189,7 @@ func (n *Node) Fill(ctx context.Context, in *store.Ingest) {
 		case <-ctx.Done():
 		}
 		n.session(ctx, st, in.Digest(), false, func(ctx context.Context) {
-			newSession(n, st, in.Digest(), in.Size(), in).run(ctx)
+			newSession(n, st, in.Digest(), in.Size(), ingest{in}).run(ctx)
 		})
 	}
 }

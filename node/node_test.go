@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -33,6 +34,7 @@ import (
 // registry is where blobs come from, and counts what it hands out.
 type registry struct {
 	blob []byte
+	says digest.Digest   // what it claims the blob to be; "": the truth
 	gate func(off int64) // may block before the byte at off is read
 	sent atomic.Int64
 	gets atomic.Int64
@@ -49,7 +51,7 @@ func newRegistry(t *testing.T, size int) *registry {
 
 func (r *registry) desc() ocispec.Descriptor {
 	return ocispec.Descriptor{
-		MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(r.blob), Size: int64(len(r.blob)),
+		MediaType: ocispec.MediaTypeImageLayer, Digest: cmp.Or(r.says, digest.FromBytes(r.blob)), Size: int64(len(r.blob)),
 	}
 }
 
@@ -413,6 +415,71 @@ func TestWrongBytesEndAtTheRegistry(t *testing.T) {
 	nodes[1].awaitMembers(t, 2)
 	pullAll(t, nodes[1:], r)
 }
+
+// The node that fetches brings wrong bytes, and its client dies in mid-blob. The
+// next fetcher goes on behind the wrong prefix, which shows only at the end; yet
+// every pull that began succeeds, and the registry sends about one copy more.
+func TestWrongPrefixIsFetchedAgain(t *testing.T) {
+	nodes := startNodes(t, 4)
+	r := newRegistry(t, 24<<20)
+	wrong := &registry{blob: bytes.Clone(r.blob), says: r.desc().Digest}
+	wrong.blob[mib] ^= 1
+	half, resume := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	wrong.gate = func(off int64) {
+		if off >= 12*mib {
+			once.Do(func() { close(half) })
+			<-resume
+		}
+	}
+	ctx, kill := context.WithCancel(t.Context())
+	first := make(chan error, 1)
+	go func() { first <- nodes[0].pull(ctx, wrong, "default") }()
+	<-half
+	var wg sync.WaitGroup
+	for _, tn := range nodes[1:] {
+		wg.Go(func() {
+			if err := tn.pull(t.Context(), r, "default"); err != nil {
+				t.Errorf("%s: %v", tn.cfg.Cluster.Name, err)
+			}
+		})
+	}
+	for _, tn := range nodes[1:] {
+		tn.awaitOffset(t, r, 10*mib)
+	}
+	kill()
+	close(resume)
+	if err := <-first; err == nil {
+		t.Error("the first pull was killed and says it is complete")
+	}
+	wg.Wait()
+	for _, tn := range nodes[1:] {
+		tn.check(t, r)
+	}
+	// The tail behind the wrong prefix, then all of it by one node.
+	wantSent(t, r, 1.7)
+}
+
+// awaitOffset waits until so many bytes of the blob have come.
+func (tn *testNode) awaitOffset(t *testing.T, r *registry, n int64) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(t.Context(), "default"), 30*time.Second)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if st, err := tn.client.Status(ctx, "default/1/layer-"+r.desc().Digest.String()); err == nil && st.Offset >= n {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("%s does not reach %d bytes", tn.cfg.Cluster.Name, n)
+		case <-tick.C:
+		}
+	}
+}
+
+const mib = 1 << 20
 
 var _ store.Filler = (*Node)(nil)
 

@@ -203,19 +203,23 @@ func (s *session) patience(now time.Time) {
 }
 
 // bad is called when the assembled bytes did not have the digest. The store
-// has thrown them away; nothing of the swarm is believed about this blob any
-// more, and the registry is asked from 0.
+// has thrown away what came from the swarm. The first time it is tried again:
+// the tracker, which is told, keeps those from this node that were wrong about
+// the bytes, so that still one node alone asks the registry for all. The second
+// time nothing of the swarm is believed about this blob any more.
 func (s *session) bad(ctx context.Context) {
 	s.failed = s.state.Failed
 	var sources []string
 	if s.blob != nil {
 		sources = s.stack.names(s.blob.Stats().Sources)
 	}
-	s.log.Error("bytes from the swarm do not have the digest: thrown away, going to the registry", "sources", sources)
-	s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Bad{Bad: &apiv1.Bad{Sources: sources}}})
-	s.ownWay = true
+	s.log.Error("bytes from the swarm do not have the digest: thrown away", "peers", sources, "times", s.failed)
+	s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Bad{Bad: &apiv1.Bad{}}})
+	s.ownWay = s.failed > 1 || s.blob == nil
 	s.restart(ctx)
-	s.fetch()
+	if s.ownWay {
+		s.fetch()
+	}
 }
 
 // restart forgets all that was known of bytes that are no more.

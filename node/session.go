@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -39,7 +40,14 @@ type source interface {
 	swarm.Data
 	Watch() (store.State, <-chan struct{})
 	Fetch() bool
+	// exchange is the bytes for as long as they are not thrown away.
+	exchange() swarm.Data
 }
+
+// ingest is a blob on its way in.
+type ingest struct{ *store.Ingest }
+
+func (in ingest) exchange() swarm.Data { return in.View() }
 
 // session is this node's membership in one blob's swarm, from the first
 // client that waits for the blob (or the first peer that asks for it) until
@@ -160,7 +168,7 @@ func (s *session) open(ctx context.Context) error {
 	if s.size <= inlineLimit {
 		return nil
 	}
-	b, err := s.stack.swarm.Open(s.digest, s.size, s.content)
+	b, err := s.stack.swarm.Open(s.digest, s.size, s.content.exchange())
 	if err != nil {
 		return fmt.Errorf("open torrents of %s: %w", s.digest, err)
 	}
@@ -298,8 +306,9 @@ func (s *session) segment(m *apiv1.Segment) {
 	if s.ownWay || s.blob == nil || i < 0 || i >= s.layout.Segments() || s.announced[i] {
 		return
 	}
-	if p := m.GetPieces(); len(p) > 0 && s.pieces[i] == nil {
-		s.pieces[i] = p
+	if p := m.GetPieces(); len(p) > 0 && !bytes.Equal(p, s.pieces[i]) {
+		s.pieces[i] = p // others than before, if the first turned out to be wrong
+		delete(s.peers, i)
 	}
 	if s.pieces[i] == nil {
 		return

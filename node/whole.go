@@ -6,6 +6,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/imagewolf/imagewolf/plugin/store"
+	"github.com/imagewolf/imagewolf/swarm"
 )
 
 // wholeBlob is a blob that this node has and only seeds: it never changes,
@@ -16,6 +17,8 @@ type wholeBlob struct{ store.Blob }
 func (b wholeBlob) Watch() (store.State, <-chan struct{}) {
 	return store.State{Prefix: b.Size(), Present: b.Size(), Whole: true}, nil
 }
+
+func (b wholeBlob) exchange() swarm.Data { return b }
 
 // Fetch has no client to send.
 func (wholeBlob) Fetch() bool { return false }

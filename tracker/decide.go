@@ -2,6 +2,7 @@ package tracker
 
 import (
 	"cmp"
+	"slices"
 	"time"
 )
 
@@ -17,7 +18,7 @@ func (m *Machine) decide(now time.Time) {
 		return
 	}
 	m.askSeeders(now)
-	if len(m.fetchers) > 0 {
+	if slices.ContainsFunc(m.fetchers, func(f *member) bool { return !f.mending }) {
 		m.vacant = time.Time{}
 		m.hedge(now)
 		return
@@ -57,6 +58,9 @@ func (m *Machine) releaseOutcasts(now time.Time) {
 func (m *Machine) supplied(now time.Time) bool {
 	if m.inline != nil {
 		return true
+	}
+	if m.tainting() {
+		return false
 	}
 	until := time.Time{}
 	if !m.small() && m.covered == len(m.segs) {
@@ -112,9 +116,10 @@ func (m *Machine) fill(now time.Time) {
 			return
 		}
 	}
-	if m.reached(best) < m.reach() {
+	if m.reached(best) < m.reach(best) || best.suspect {
 		// Others hold what comes next: let the one that will go on take it
-		// from them first, so that the registry is asked for no byte twice.
+		// from them first, so that the registry is asked for no byte twice. Or
+		// it has bytes that others found wrong, and is about to find out.
 		if until := m.lastMove().Add(m.stall); now.Before(until) {
 			m.wakeAt(until)
 			return
@@ -123,16 +128,33 @@ func (m *Machine) fill(now time.Time) {
 	m.tell(now, best)
 }
 
-// reach is the end of the bytes from 0 on that are among the members.
-func (m *Machine) reach() int64 {
+// reach is the end of the bytes from 0 on that are among the members and that
+// x can take.
+func (m *Machine) reach(x *member) int64 {
 	var end int64
 	for i := range m.segs {
-		if m.segs[i].holders() == 0 {
+		if m.segs[i].holders() == 0 || m.tainted(i, x) {
 			break
 		}
 		end = m.segmentEnd(i)
 	}
 	return end
+}
+
+// tainting says whether somebody waits for a segment that is there only under
+// hashes it has found wrong.
+func (m *Machine) tainting() bool {
+	if len(m.bad) == 0 {
+		return false
+	}
+	for _, x := range m.list {
+		for i := range m.segs {
+			if x.starves(m.size) && !x.has[i] && m.tainted(i, x) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // hedge sends one more member to the registry when all fetchers stand still.
@@ -223,10 +245,14 @@ func (m *Machine) candidate(idle bool) *member {
 	return best
 }
 
-// better says whether a is to fetch rather than b. Those that did nothing
-// when told come last; the longest prefix leaves the least to fetch; the rest
-// spreads the layers of one image over the nodes.
+// better says whether a is to fetch rather than b. Those whose bytes may be
+// wrong, and those that did nothing when told, come last; the longest prefix
+// leaves the least to fetch; the rest spreads the layers of one image over the
+// nodes.
 func (m *Machine) better(a, b *member) bool {
+	if a.suspect != b.suspect {
+		return b.suspect
+	}
 	return cmp.Or(
 		cmp.Compare(a.tells, b.tells),
 		cmp.Compare(m.reached(b), m.reached(a)),

@@ -80,7 +80,7 @@ const (
 	hopSources = 3
 
 	maxMembers = 10_000  // members of one blob
-	maxBad     = 10_000  // (source, reporter) pairs kept for one blob
+	maxBad     = 10_000  // (author, reporter) pairs kept for one blob
 	maxLosses  = 4       // times a member may lose bytes it had
 	maxText    = 512     // bytes of a name, an address or a zone
 	maxSize    = 1 << 40 // bytes of a blob
@@ -120,6 +120,9 @@ type Command struct {
 	To    string              // the member's or the seeder's name
 	Msg   *api.TrackerMessage // to member To; nil when Serve
 	Serve bool                // ask the registered seeder To to join the blob
+	// Outcast says that To was shut out of the blob. Nothing is sent; it is for
+	// the log.
+	Outcast bool
 }
 
 // Machine is one blob's tracker. It starts no goroutine, reads no clock and
@@ -157,7 +160,7 @@ type Machine struct {
 	wake        time.Time // when decide wants to be called again
 	sweepAt     time.Time
 
-	bad        map[string][]string // source -> names of those that reported it
+	bad        map[string][]string // author of wrong piece hashes -> names of those that reported them
 	outcasts   bool                // there is or was an outcast
 	badPairs   int
 	mismatches int
@@ -238,7 +241,7 @@ func (m *Machine) Join(now time.Time, hello *api.Hello) ([]Command, error) {
 	m.welcome(x)
 	m.decide(now)
 	out := m.take()
-	if !slices.ContainsFunc(out, func(c Command) bool { return c.To == name && !c.Serve }) {
+	if !slices.ContainsFunc(out, func(c Command) bool { return c.To == name && c.Msg != nil }) {
 		out = append(out, waitFor(name))
 	}
 	return out, nil
@@ -281,7 +284,7 @@ func (m *Machine) Message(now time.Time, name string, msg *api.MemberMessage) []
 		m.ask(now, x)
 		m.decide(now)
 	case *api.MemberMessage_Bad:
-		m.reportBad(now, x, t.Bad.GetSources())
+		m.reportBad(now, x)
 		m.decide(now)
 	}
 	return m.take()
@@ -386,34 +389,82 @@ func (m *Machine) ask(now time.Time, x *member) {
 	}
 }
 
-// reportBad bans the sources for the reporter, and for everyone when a second
-// member says the same: one bad reporter must not be able to drive good nodes
-// out.
-func (m *Machine) reportBad(now time.Time, x *member, sources []string) {
-	for _, name := range sources {
-		if name == x.name || name == "" || len(name) > maxText {
+// reportBad is told by x that the blob it assembled did not have its digest.
+// Every piece that x took from others had the hash it was to have, or it would
+// not have been taken; so what was wrong is the hashes, and whoever was the
+// first to announce them is to blame, not those that passed the pieces on. If
+// several announced what x took, it is the one that is blamed already; else all
+// but those who found out the same as x: they have gone on behind the bytes of
+// one that was wrong. x has thrown away what it took.
+func (m *Machine) reportBad(now time.Time, x *member) {
+	var authors, silent []string
+	for i := range m.segs {
+		name := m.segs[i].author
+		known := len(m.bad[name]) > 0
+		if !x.knows[i] || name == x.name || slices.Contains(authors, name) || (x.suspect && !known) {
 			continue
 		}
-		by := m.bad[name]
-		if slices.Contains(by, x.name) {
+		authors = append(authors, name)
+		if !m.reported(name) {
+			silent = append(silent, name)
+		}
+	}
+	if len(silent) > 0 {
+		authors = silent
+	}
+	x.mending = x.class == fetcher
+	for _, name := range authors {
+		m.blame(now, x, name)
+	}
+	x.prefix, x.present, x.suspect = 0, 0, false
+	m.sort(now, x)
+	m.lose(now, x)
+}
+
+// reported says whether a member has blamed anyone.
+func (m *Machine) reported(name string) bool {
+	for _, by := range m.bad {
+		if slices.Contains(by, name) {
+			return true
+		}
+	}
+	return false
+}
+
+// blame bans an author for the reporter, and for everyone when a second member
+// says the same: one bad reporter must not be able to drive good nodes out.
+func (m *Machine) blame(now time.Time, x *member, name string) {
+	by := m.bad[name]
+	if slices.Contains(by, x.name) || m.badPairs >= maxBad {
+		return
+	}
+	m.badPairs++
+	m.bad[name] = append(by, x.name)
+	y := m.members[name]
+	banned := m.banned(name)
+	for i := range m.segs {
+		if m.segs[i].author != name {
 			continue
 		}
-		if m.badPairs >= maxBad {
-			return
+		for _, z := range m.list {
+			z.suspect = z.suspect || (z.knows[i] && z.name != name && (z.present > 0 || z.has[i]))
 		}
-		m.badPairs++
-		m.bad[name] = append(by, x.name)
-		y := m.members[name]
-		if y == nil {
-			continue
+		if banned {
+			m.reset(i)
+		} else {
+			m.mend(i) // x takes it no more, not on behalf of others either
 		}
-		if m.banned(name) && !y.banned {
-			m.castOut(y)
-			m.sort(now, y)
-			m.disown(y)
-			continue
+	}
+	if !banned {
+		if y != nil {
+			m.part(x, y)
 		}
-		m.part(x, y)
+		return
+	}
+	if y != nil && !y.banned {
+		m.castOut(y)
+		m.sort(now, y)
+		m.disown(y)
 	}
 }
 
@@ -421,7 +472,16 @@ func (m *Machine) reportBad(now time.Time, x *member, sources []string) {
 func (m *Machine) banned(name string) bool { return len(m.bad[name]) >= 2 }
 
 // castOut bans a member for everyone; the caller sorts it.
-func (m *Machine) castOut(x *member) { x.banned, m.outcasts = true, true }
+func (m *Machine) castOut(x *member) {
+	x.banned, m.outcasts = true, true
+	m.out = append(m.out, Command{To: x.name, Outcast: true})
+}
+
+// tainted says whether x has reported the hashes that segment i goes by, or
+// others of the same author.
+func (m *Machine) tainted(i int, x *member) bool {
+	return len(m.bad) > 0 && slices.Contains(m.bad[m.segs[i].author], x.name)
+}
 
 // shuns says whether a has reported b as bad.
 func (m *Machine) shuns(a, b *member) bool {

@@ -41,7 +41,7 @@ func testLayout(size int64) Layout {
 //
 // Commands are compared as a sorted set; a line without > wants none. Events:
 // join, status (key=value and flags), leave, announce <segment> [hashes],
-// inline [text], ask, bad <names>, seeder, unseeder, tick. Before a line's
+// inline [text], ask, bad, seeder, unseeder, tick. Before a line's
 // event the machine is ticked as it asks for; what that yields counts for a
 // tick line and is an error before any other.
 type script struct {
@@ -149,7 +149,7 @@ func (s *script) event(now time.Time, f []string) []Command {
 	case "ask":
 		msg.Message = &api.MemberMessage_Ask{Ask: &api.Ask{}}
 	case "bad":
-		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{Sources: f[2:]}}
+		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{}}
 	default:
 		s.t.Fatalf("unknown event %q", f[0])
 	}
@@ -228,6 +228,9 @@ func show(out []Command) []string {
 		}
 		if c.Serve {
 			what += "serve"
+		}
+		if c.Outcast {
+			what += "out"
 		}
 		lines = append(lines, c.To+" "+what)
 	}
@@ -507,12 +510,39 @@ var machineTests = []struct {
 			0s    join s whole has=0    > s wait
 			0s    join a can            > a seg0*(s)
 			0s    join b can            > b seg0*(a)
-			500ms bad a s               > a seg0(b), b seg0(s)
+			500ms bad a                 > b seg0(s)
 			501ms ask a                 > a wait
-			502ms bad a s
-			503ms bad b s               > b fetch
+			502ms bad a
+			503ms bad b                 > b fetch, s out
 			504ms join c               > c wait
 			505ms status s -whole can  > s fetch`},
+	{name: "one that found hashes wrong brings others", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    join c can            > c wait
+			1ms   status a fetching
+			2ms   announce a 0 x        > b seg0*(a), c seg0*(b)
+			3ms   announce b 0 x
+			4ms   announce c 0 x
+			5ms   leave a               > b fetch
+			6ms   status b fetching -can present=1 prefix=1
+			7ms   bad b
+			8ms   status b present=0 prefix=0
+			9ms   announce b 0 y        > c seg0*(b)`},
+	{name: "one that went on behind wrong bytes is spared", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    join c can            > c wait
+			0s    join d can            > d wait
+			1ms   status a fetching
+			2ms   announce a 0 x        > b seg0*(c+d), c seg0*(b+d), d seg0*(a)
+			3ms   announce b 0 x
+			4ms   leave a               > b fetch, d seg0(b)
+			5ms   status b fetching -can present=1 prefix=1
+			6ms   announce b 1 x        > c seg1*(b), d seg1*(c)
+			7ms   bad b                 > d fetch
+			8ms   bad c
+			9ms   leave d               > c fetch`},
 	{name: "a member that throws its bytes away is no holder any more", lines: `
 			0s    join s whole has=0    > s wait
 			0s    join a can            > a seg0*(s)

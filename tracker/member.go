@@ -44,15 +44,17 @@ type member struct {
 	knows []bool      // per segment: has been sent the piece hashes
 	given [][]*member // per segment that it lacks: the peers it was told
 
-	chosen int           // times it was first hop or a zone's entry
-	told   time.Time     // when it was told to fetch; zero once it is known to, or not to
-	losses int           // times it had fewer bytes than before
-	tells  int           // times it was told in vain
-	moved  time.Time     // when it last had more bytes, or became fetcher
-	gap    time.Duration // between the last moves of a fetcher; 0 before its first byte
-	heard  time.Time     // when it joined or last brought something for the others
-	nudged time.Time
-	asked  time.Time
+	chosen  int           // times it was first hop or a zone's entry
+	told    time.Time     // when it was told to fetch; zero once it is known to, or not to
+	losses  int           // times it had fewer bytes than before
+	suspect bool          // it has bytes by hashes that another member found wrong
+	mending bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones
+	tells   int           // times it was told in vain
+	moved   time.Time     // when it last had more bytes, or became fetcher
+	gap     time.Duration // between the last moves of a fetcher; 0 before its first byte
+	heard   time.Time     // when it joined or last brought something for the others
+	nudged  time.Time
+	asked   time.Time
 }
 
 // seeder is a node that has registered the whole blob.
@@ -93,7 +95,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	}
 	changed := x.class == gone || x.canFetch != s.GetCanFetch() || x.fetching != s.GetFetching() ||
 		x.whole != s.GetWhole() || x.load != s.GetLoad() || x.busy != s.GetBusy() || (x.present < m.size) != (present < m.size) ||
-		(!m.vacant.IsZero() && prefix > x.prefix && prefix >= m.reach())
+		(!m.vacant.IsZero() && prefix > x.prefix && prefix >= m.reach(x))
 	if s.GetWhole() && !x.whole {
 		x.relay = x.class == leecher
 		x.heard = now
@@ -121,6 +123,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		}
 	}
 	if lost {
+		x.suspect = false
 		m.lose(now, x)
 		return true
 	}
@@ -158,6 +161,7 @@ func (m *Machine) sort(now time.Time, x *member) {
 
 func (m *Machine) reclass(now time.Time, x *member, to class) {
 	if x.class == fetcher && to != fetcher {
+		x.mending = false
 		m.fetchers = remove(m.fetchers, x)
 	}
 	if x.class != fetcher && to == fetcher {
@@ -201,10 +205,10 @@ func (m *Machine) settle(now time.Time, x *member) {
 	}
 }
 
-// starves says whether a member waits for bytes. One that has them all and is
-// only checking and syncing them does not.
+// starves says whether a member waits for bytes of others. One that has them all
+// and is only checking and syncing them does not.
 func (x *member) starves(size int64) bool {
-	return x.class == leecher && x.present < size
+	return (x.class == leecher || x.mending) && x.present < size
 }
 
 // reached is the end of the bytes that the member has from 0 on. What it has

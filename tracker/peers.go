@@ -13,6 +13,7 @@ import (
 // segment is what is known of one segment.
 type segment struct {
 	pieces  []byte              // the hashes first announced; nil until then
+	author  string              // who announced them
 	origins []*member           // holders that have it from outside the swarm
 	relays  []*member           // holders that have it from other members
 	hops    map[*member]*member // origin -> the one leecher that was given its address
@@ -35,14 +36,18 @@ func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 	s := &m.segs[i]
 	known := s.pieces != nil
 	if known && !bytes.Equal(s.pieces, a.GetPieces()) {
-		if s.holders() > 0 {
+		// Of two that contradict each other the first is believed, but not by
+		// one that has found out that its author was wrong.
+		if s.holders() > 0 && !m.tainted(i, x) {
 			m.mismatches++
 			return false
 		}
 		known = false
 	}
 	if !known {
-		m.begin(i, a.GetPieces())
+		m.reset(i)
+		s.pieces, s.author = bytes.Clone(a.GetPieces()), x.name
+		s.hops, s.entries = map[*member]*member{}, map[string]*member{}
 	}
 	first := s.holders() == 0
 	// A leecher has it from the swarm, if it was shown the way there.
@@ -80,13 +85,20 @@ func (m *Machine) keepPace(took time.Duration) {
 	m.pace = max(took, (m.pace+took)/2)
 }
 
-// begin opens a segment with the given piece hashes; what was known under
-// other hashes is another torrent and is forgotten.
-func (m *Machine) begin(i int, pieces []byte) {
-	m.segs[i] = segment{pieces: bytes.Clone(pieces), hops: map[*member]*member{}, entries: map[string]*member{}}
+// reset forgets a segment: under other hashes it is another torrent.
+func (m *Machine) reset(i int) {
+	s := &m.segs[i]
+	if s.holders() > 0 {
+		m.covered--
+	}
 	for _, y := range m.list {
+		if y.has[i] {
+			y.has[i] = false
+			y.held--
+		}
 		y.knows[i], y.given[i] = false, nil
 	}
+	*s = segment{}
 }
 
 // spread tells all members that lack a segment about it, when its first
@@ -181,7 +193,7 @@ func (m *Machine) choose(i int, from []*member, fits func(*member) bool, rank fu
 // lacks says whether y is a leecher that has yet to get a segment, and wants
 // it: one whose client has gone takes no more.
 func (m *Machine) lacks(i int, y *member) bool {
-	return y.class == leecher && y.canFetch && !y.has[i] && y.present < m.size
+	return y.class == leecher && y.canFetch && !y.has[i] && y.present < m.size && !m.tainted(i, y)
 }
 
 // awaits says whether y, which was chosen to take a segment on behalf of
@@ -247,7 +259,7 @@ func (m *Machine) draw(r *rand.Rand, i int, y *member, from []*member, fit func(
 // not had them.
 func (m *Machine) offer(i int, y *member, peers []*member) {
 	peers = peers[:min(len(peers), maxGiven-len(y.given[i]))]
-	if y.knows[i] && len(peers) == 0 {
+	if (y.knows[i] && len(peers) == 0) || m.tainted(i, y) {
 		return
 	}
 	msg := &api.Segment{Segment: uint32(i)}
@@ -273,7 +285,7 @@ func (m *Machine) welcome(x *member) {
 	}
 	for i := range m.segs {
 		s := &m.segs[i]
-		if x.has[i] || s.holders() == 0 {
+		if x.has[i] || s.holders() == 0 || m.tainted(i, x) {
 			continue
 		}
 		var peers []*member

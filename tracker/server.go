@@ -278,6 +278,10 @@ func (b *blob) guard(event func(m *Machine, now time.Time) ([]Command, error)) (
 // dispatch queues one command; b.mu must be held. It never blocks: a member
 // that does not read is let go.
 func (b *blob) dispatch(c Command) {
+	if c.Outcast {
+		b.s.o.Log.Warn("member shut out of blob: it was wrong about what the bytes are", "digest", b.digest, "member", c.To)
+		return
+	}
 	if c.Serve {
 		if r, ok := b.seeders[c.To]; ok && !r.stream.out.put(&api.RegisterCommand{Serve: b.digest.String()}) {
 			r.stream.end(status.Errorf(codes.ResourceExhausted, "%s does not read", c.To))

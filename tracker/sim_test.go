@@ -422,7 +422,7 @@ func fuzzEvent(m *Machine, now time.Time, next func() int) {
 	case 5:
 		msg.Message = &api.MemberMessage_Ask{}
 	case 6:
-		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{Sources: []string{string(rune('a' + bits%6)), ""}}}
+		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{}}
 	case 7:
 		msg.Message = &api.MemberMessage_Inline{Inline: &api.Inline{Data: smallBlob}}
 	case 8, 9:

@@ -123,8 +123,8 @@ func TestEntryIsReplaced(t *testing.T) {
 		{"the first of a new zone joins, then the second", `
 			2ms   join g can zone=z     > g seg0*(b)
 			3ms   join h can zone=z     > h seg0*(g)`},
-		{"it stays, and the first hop's word is against it", `
-			2ms   bad d b               > d seg0(e), e seg0(b)`},
+		{"it finds the hashes wrong", `
+			2ms   bad d                 > e seg0(b)`},
 	} {
 		t.Run(c.name, func(t *testing.T) { runScript(t, testDigest, testSize, 0, begin+c.lines) })
 	}

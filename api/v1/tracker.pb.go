@@ -381,7 +381,7 @@ type Status struct {
 	Whole         bool                   `protobuf:"varint,5,opt,name=whole,proto3" json:"whole,omitempty"`                       // all there and the sha256 right
 	Load          uint32                 `protobuf:"varint,6,opt,name=load,proto3" json:"load,omitempty"`                         // other blobs that this node is fetching right now
 	Rank          uint32                 `protobuf:"varint,7,opt,name=rank,proto3" json:"rank,omitempty"`                         // blobs this node asked for before this one that are still undecided or being fetched
-	Busy          bool                   `protobuf:"varint,8,opt,name=busy,proto3" json:"busy,omitempty"`                         // bytes of other blobs came in here within the last second
+	Busy          bool                   `protobuf:"varint,8,opt,name=busy,proto3" json:"busy,omitempty"`                         // bytes of other blobs came in here within the last seconds
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -554,10 +554,11 @@ func (*Ask) Descriptor() ([]byte, []int) {
 	return file_api_v1_tracker_proto_rawDescGZIP(), []int{6}
 }
 
-// Bad says that the blob that came from the swarm did not have its digest.
+// Bad says that the blob that was assembled did not have its digest, and that
+// what came from other members was thrown away. The tracker knows by whose
+// piece hashes it came.
 type Bad struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Sources       []string               `protobuf:"bytes,1,rep,name=sources,proto3" json:"sources,omitempty"` // names of the nodes its bytes came from
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -590,13 +591,6 @@ func (x *Bad) ProtoReflect() protoreflect.Message {
 // Deprecated: Use Bad.ProtoReflect.Descriptor instead.
 func (*Bad) Descriptor() ([]byte, []int) {
 	return file_api_v1_tracker_proto_rawDescGZIP(), []int{7}
-}
-
-func (x *Bad) GetSources() []string {
-	if x != nil {
-		return x.Sources
-	}
-	return nil
 }
 
 type TrackerMessage struct {
@@ -1052,9 +1046,8 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\x04busy\x18\b \x01(\bR\x04busy\"\x1c\n" +
 	"\x06Inline\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x05\n" +
-	"\x03Ask\"\x1f\n" +
-	"\x03Bad\x12\x18\n" +
-	"\asources\x18\x01 \x03(\tR\asources\"\xd5\x01\n" +
+	"\x03Ask\"\x05\n" +
+	"\x03Bad\"\xd5\x01\n" +
 	"\x0eTrackerMessage\x12(\n" +
 	"\x04wait\x18\x01 \x01(\v2\x12.imagewolf.v1.WaitH\x00R\x04wait\x12+\n" +
 	"\x05fetch\x18\x02 \x01(\v2\x13.imagewolf.v1.FetchH\x00R\x05fetch\x121\n" +

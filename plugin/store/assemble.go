@@ -145,6 +145,7 @@ func (in *Ingest) writeChunk(c *chunk) {
 		gaps = nil
 	}
 	for _, g := range gaps {
+		in.brought.add(g.lo, g.hi)
 		in.addLocked(g.lo, g.hi)
 	}
 	// The hasher may take the bytes from memory if they are what the file
@@ -338,36 +339,47 @@ func (in *Ingest) land() error {
 	return nil
 }
 
-// spoil throws all bytes away and fails the streams whose bytes they were.
-// Called by the hasher with finishing set.
+// spoil throws bytes away that are wrong, or that cannot be made a blob. Called
+// by the hasher with finishing set.
+//
+// If they are wrong for the first time, and some came from the registry and
+// some from Fill, the registry's are kept: its streams were sent there behind a
+// prefix of Fill's, and containerd cannot be told that it has to begin before
+// that after all. Fill may bring the rest once more, from others. Otherwise all
+// go, and the streams whose bytes they were fail.
 func (in *Ingest) spoil(err error, wrong bool) {
 	in.store.log.Warn("bytes thrown away", "digest", in.digest, "size", in.size, "err", err)
-	in.discard(func() bool {
+	in.discard(func() (keep ranges, may bool) {
+		in.finishing = false
 		if wrong {
-			in.failed++
+			in.failed, in.fault = in.failed+1, err
+		}
+		if wrong && in.failed == 1 && in.filling && in.writingLocked() > 0 && in.brought.total < in.size {
+			in.progress = time.Now()
+			return in.brought.clone(), true
 		}
 		for w := range in.streams {
 			if w.released {
 				w.failLocked(err)
 			}
 		}
-		in.finishing = false
-		return true
+		return ranges{}, true
 	})
 }
 
-// discard throws all bytes away if may, called with mu held, says so. No lock
-// may be held.
-func (in *Ingest) discard(may func() bool) {
+// discard throws away all bytes but those that may, which is called with mu
+// held, says to keep; or does nothing if it says so. No lock may be held.
+func (in *Ingest) discard(may func() (keep ranges, may bool)) {
 	in.wmu.Lock()
 	defer in.wmu.Unlock()
 	in.mu.Lock()
-	if !may() {
+	keep, ok := may()
+	if !ok {
 		in.mu.Unlock()
 		return
 	}
 	in.gen++
-	in.present, in.synced, in.savedAt, in.unflown = ranges{}, ranges{}, 0, 0
+	in.present, in.brought, in.synced, in.savedAt, in.unflown = keep, keep.clone(), ranges{}, 0, 0
 	in.hash, in.hashed = sha256.New(), 0
 	for _, c := range in.tail {
 		in.freeLocked(c)
@@ -378,7 +390,7 @@ func (in *Ingest) discard(may func() bool) {
 	in.changedLocked()
 	in.mu.Unlock()
 	// Nobody writes before wmu is let go of.
-	if f != nil {
+	if f != nil && keep.total == 0 {
 		err = errors.Join(err, f.Truncate(0))
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

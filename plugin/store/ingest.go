@@ -35,6 +35,7 @@ type Ingest struct {
 	file    *os.File      // guarded by mu; staging, later the blob; nil when closed or never needed
 
 	present ranges // guarded by mu
+	brought ranges // guarded by mu; what of it streams have brought, and not Fill
 	synced  ranges // guarded by mu; what the sidecar may call synced
 	savedAt int64  // guarded by mu; present.total when the sidecar was last written
 	saving  bool   // guarded by mu
@@ -47,11 +48,12 @@ type Ingest struct {
 	queue  []*chunk  // guarded by mu; to be written
 	held   int64     // guarded by mu; bytes of memory in queue, tail and at work
 
-	hashing, pumping, retiring bool // guarded by mu; the goroutine of that job runs
-	finishing                  bool // guarded by mu; all is there and being checked, synced, renamed
-	whole                      bool // guarded by mu
-	dead                       bool // guarded by mu; gave way to one of another size: its staging is no longer its own
-	failed                     int  // guarded by mu; State.Failed
+	hashing, pumping, retiring bool  // guarded by mu; the goroutine of that job runs
+	finishing                  bool  // guarded by mu; all is there and being checked, synced, renamed
+	whole                      bool  // guarded by mu
+	dead                       bool  // guarded by mu; gave way to one of another size: its staging is no longer its own
+	failed                     int   // guarded by mu; State.Failed
+	fault                      error // guarded by mu; why it last failed
 
 	filling  bool               // guarded by mu
 	endFill  context.CancelFunc // guarded by mu; set while filling
@@ -67,7 +69,7 @@ type State struct {
 	Waiting int   // streams blocked in Wait
 	Writing int   // streams released to the registry and still open
 	Whole   bool  // all is there, has the digest, is synced and in blobs/
-	Failed  int   // times the assembled bytes did not have the digest; they are thrown away each time
+	Failed  int   // times the assembled bytes did not have the digest; Fill's are thrown away each time
 }
 
 func newIngest(s *Store, d digest.Digest, size int64, f *os.File, whole bool) *Ingest {
@@ -160,19 +162,79 @@ func (in *Ingest) rangeErr(off, n int64) error {
 	return nil
 }
 
+// View is the ingest as it is until its bytes are thrown away: from then on its
+// methods fail with ErrAborted, so that whoever exchanged those bytes neither
+// hands on nor brings back what was wrong. Like the Ingest it may be used from
+// any number of goroutines until Fill returns.
+type View struct {
+	in  *Ingest
+	gen int
+}
+
+// View returns a view of the bytes as they are now.
+func (in *Ingest) View() View {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return View{in, in.gen}
+}
+
+// staleLocked says that a view's bytes are no more. in.mu must be held.
+func (v View) staleLocked() error {
+	if v.gen != v.in.gen || v.in.dead {
+		return fmt.Errorf("ingest %s: its bytes were thrown away: %w", v.in.digest, errdefs.ErrAborted)
+	}
+	return nil
+}
+
+// ReadAt is [Ingest.ReadAt].
+func (v View) ReadAt(p []byte, off int64) (int, error) {
+	n, err := v.in.ReadAt(p, off)
+	v.in.mu.Lock()
+	defer v.in.mu.Unlock()
+	if stale := v.staleLocked(); stale != nil { // and was perhaps before it was read
+		return 0, stale
+	}
+	return n, err
+}
+
+// WriteAt is [Ingest.WriteAt].
+func (v View) WriteAt(p []byte, off int64) (int, error) { return v.in.writeAt(p, off, v.staleLocked) }
+
+// MarkPresent is [Ingest.MarkPresent].
+func (v View) MarkPresent(off, n int64) error { return v.in.markPresent(off, n, v.staleLocked) }
+
+// Present is [Ingest.Present], and false once the bytes are thrown away.
+func (v View) Present(off, n int64) bool {
+	v.in.mu.Lock()
+	stale := v.staleLocked()
+	v.in.mu.Unlock()
+	return stale == nil && v.in.Present(off, n)
+}
+
+// deadLocked says that the ingest gave way to another. mu must be held.
+func (in *Ingest) deadLocked() error {
+	if in.dead {
+		return fmt.Errorf("ingest %s: %w", in.digest, errdefs.ErrAborted)
+	}
+	return nil
+}
+
 // WriteAt writes bytes that nobody has verified. They are not present until
 // MarkPresent says so. Bytes that are present already are left alone, silently.
-func (in *Ingest) WriteAt(p []byte, off int64) (int, error) {
+func (in *Ingest) WriteAt(p []byte, off int64) (int, error) { return in.writeAt(p, off, in.deadLocked) }
+
+// writeAt is WriteAt unless refuse, called with mu held, says no.
+func (in *Ingest) writeAt(p []byte, off int64, refuse func() error) (int, error) {
 	if err := in.rangeErr(off, int64(len(p))); err != nil {
 		return 0, err
 	}
 	in.wmu.Lock()
 	defer in.wmu.Unlock()
 	in.mu.Lock()
-	gaps, f, dead := in.present.gaps(off, off+int64(len(p))), in.file, in.dead
+	gaps, f, err := in.present.gaps(off, off+int64(len(p))), in.file, refuse()
 	in.mu.Unlock()
-	if dead {
-		return 0, fmt.Errorf("write ingest %s: %w", in.digest, errdefs.ErrAborted)
+	if err != nil {
+		return 0, fmt.Errorf("write: %w", err)
 	}
 	if len(gaps) == 0 {
 		return len(p), nil
@@ -189,16 +251,23 @@ func (in *Ingest) WriteAt(p []byte, off int64) (int, error) {
 }
 
 // MarkPresent says that the bytes of a range have been written and are good.
-func (in *Ingest) MarkPresent(off, n int64) error {
+func (in *Ingest) MarkPresent(off, n int64) error { return in.markPresent(off, n, in.deadLocked) }
+
+// markPresent is MarkPresent unless refuse, called with mu held, says no.
+func (in *Ingest) markPresent(off, n int64, refuse func() error) error {
 	if err := in.rangeErr(off, n); err != nil {
 		return err
 	}
 	in.wmu.Lock()
 	in.mu.Lock()
-	if in.dead || in.file == nil && !in.whole {
+	err := refuse()
+	if err == nil && in.file == nil && !in.whole {
+		err = fmt.Errorf("ingest %s: %w", in.digest, errdefs.ErrAborted)
+	}
+	if err != nil {
 		in.mu.Unlock()
 		in.wmu.Unlock()
-		return fmt.Errorf("ingest %s: %w", in.digest, errdefs.ErrAborted)
+		return err
 	}
 	before := in.present.total
 	in.addLocked(off, off+n)

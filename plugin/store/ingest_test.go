@@ -326,6 +326,60 @@ func TestWrongBytesFromPeers(t *testing.T) {
 	commit(t, w, size, d)
 }
 
+// A client was sent to the registry behind a prefix that is wrong, which shows
+// only at the end. Its own bytes are kept, and the prefix may be brought again.
+func TestWrongPrefix(t *testing.T) {
+	const k = 1000
+	b, d := random(size, 1)
+	junk, _ := random(size, 2)
+	for _, tc := range []struct {
+		name  string
+		again []byte // what Fill brings next; nil: nothing
+		stay  bool
+	}{
+		{"right the second time", b, true},
+		{"wrong again", junk, true},
+		{"nothing comes", nil, true},
+		{"nobody is there any more", nil, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := &filler{fill: func(ctx context.Context, in *Ingest) {
+				peer(t, in, junk, 0, k)
+				in.Fetch()
+				st := until(t, in, func(st State) bool { return st.Failed == 1 })
+				if st.Present != size-k || st.Prefix != 0 || st.Writing != 1 {
+					t.Errorf("state %+v", st)
+				}
+				if tc.again != nil {
+					peer(t, in, tc.again, 0, k)
+				}
+				if tc.stay {
+					<-ctx.Done()
+				}
+			}}
+			s := open(t, Options{Filler: f, MaxWait: 50 * time.Millisecond})
+			w := writer(t, s, refFor("a", d), size)
+			wait(t, w)
+			if got := offset(t, w); got != k {
+				t.Fatalf("offset %d", got)
+			}
+			write(t, w, b[k:size-1])
+			_, err := w.Write(b[size-1:])
+			if bytes.Equal(tc.again, b) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				commit(t, w, size, d)
+				return
+			}
+			wantErr(t, err, errdefs.ErrFailedPrecondition)
+			if !strings.Contains(err.Error(), "unexpected commit digest") {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 func TestWrongBytesFromRegistry(t *testing.T) {
 	s := open(t, Options{})
 	b, d := random(size, 1)

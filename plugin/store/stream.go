@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -283,15 +284,30 @@ func (w *stream) endLocked() error {
 		if err := w.usableLocked(); err != nil {
 			return err
 		}
-		if w.pending == 0 && !w.in.completeLocked() {
-			// Never so, as every stream begins where nothing is missing before
-			// it; but waiting for what nobody brings would be the worst answer.
-			w.failLocked(fmt.Errorf("ref %s: bytes before the last are missing: %w", w.ref, errdefs.ErrFailedPrecondition))
+		if w.pending > 0 || w.in.completeLocked() {
+			w.in.cond.Wait()
+			continue
+		}
+		// Every stream begins where nothing is missing before it; but what was
+		// there may have been wrong, and may come again.
+		left := w.in.repairLocked()
+		if left <= 0 {
+			w.failLocked(cmp.Or(w.in.fault,
+				fmt.Errorf("ref %s: bytes before the last are missing: %w", w.ref, errdefs.ErrFailedPrecondition)))
 			return w.err
 		}
-		w.in.cond.Wait()
+		w.in.sleepLocked(context.Background(), left, true)
 	}
 	return w.err
+}
+
+// repairLocked says for how long the bytes that were wrong and are missing now
+// are to be waited for; 0 if nobody brings them. mu must be held.
+func (in *Ingest) repairLocked() time.Duration {
+	if in.failed == 0 || !in.filling {
+		return 0
+	}
+	return time.Until(in.progress.Add(in.store.maxWait))
 }
 
 // Digest returns the digest of the bytes before the stream's position; it
@@ -336,9 +352,9 @@ func (w *stream) Truncate(size int64) error {
 	w.pos, w.released, w.updated = 0, true, time.Now()
 	in.changedLocked()
 	in.mu.Unlock()
-	in.discard(func() bool {
+	in.discard(func() (keep ranges, may bool) {
 		// A second stream may have been told how far the bytes reach.
-		return len(in.streams) == 1 && !in.filling && !in.completeLocked()
+		return ranges{}, len(in.streams) == 1 && !in.filling && !in.completeLocked()
 	})
 	return nil
 }
