@@ -22,8 +22,10 @@ import (
 )
 
 const (
-	// failureMemory is how long a tracker that could not be reached is tried
-	// after all others. Gossip takes about as long to find out for itself.
+	// failureMemory is how long a tracker that did not answer in time is tried
+	// after all others. Gossip takes about as long to find out for itself. One
+	// that refuses is tried every time: it costs nothing, and the moment it is
+	// back all members of a blob have to meet there again.
 	failureMemory = 5 * time.Second
 	// minAttempt is the least time that one tracker is given to answer.
 	minAttempt = 50 * time.Millisecond
@@ -142,15 +144,15 @@ func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
 			return nil, fmt.Errorf("join %s at %s: %w", d, t.Name, err)
 		}
 		failure = fmt.Errorf("%w; %s: %w", failure, t.Name, err)
-		if !errors.Is(ctx.Err(), context.Canceled) {
+		if errors.Is(err, context.DeadlineExceeded) {
 			c.avoid(t)
 		}
 	}
 	return nil, fmt.Errorf("join %s: %w", d, failure)
 }
 
-// inOrder is the blob's trackers, best first, those that failed a moment ago
-// last.
+// inOrder is the blob's trackers, best first, those that were silent a moment
+// ago last.
 func (c *Client) inOrder(d digest.Digest) []Peer {
 	all := c.o.Trackers(d)
 	good, bad := make([]Peer, 0, len(all)), []Peer(nil)
@@ -276,18 +278,25 @@ type conns struct {
 }
 
 type conn struct {
-	cc   *grpc.ClientConn
-	uses int         // guarded by conns.mu
-	idle *time.Timer // while uses is 0; guarded by conns.mu
+	cc       *grpc.ClientConn
+	uses     int         // guarded by conns.mu
+	idle     *time.Timer // while uses is 0; guarded by conns.mu
+	replaced bool        // closed by its last user; guarded by conns.mu
 }
 
 // connIdle is how long a connection without streams is kept.
 const connIdle = time.Minute
 
-// get returns the connection to addr and how to give it back, once.
+// get returns the connection to addr and how to give it back, once. One that
+// could not be made is replaced: gRPC answers with that failure until it has
+// tried again by itself, and the other end may have come back since.
 func (c *conns) get(ctx context.Context, addr string) (*grpc.ClientConn, func(), error) {
 	c.mu.Lock()
 	k := c.byAddr[addr]
+	if k != nil && k.cc.GetState() == connectivity.TransientFailure {
+		c.replaceLocked(addr, k)
+		k = nil
+	}
 	if c.closed {
 		c.mu.Unlock()
 		return nil, nil, ErrClosed
@@ -311,14 +320,28 @@ func (c *conns) get(ctx context.Context, addr string) (*grpc.ClientConn, func(),
 		}
 	}
 	defer c.mu.Unlock()
-	if k.uses++; k.cc.GetState() == connectivity.TransientFailure {
-		k.cc.ResetConnectBackoff() // we have our own; do not wait for gRPC's
-	}
+	k.uses++
+	k.rest(nil)
+	return k.cc, sync.OnceFunc(func() { c.put(addr, k) }), nil
+}
+
+// rest sets the timer that closes a connection which nobody uses. conns.mu must
+// be held.
+func (k *conn) rest(t *time.Timer) {
 	if k.idle != nil {
 		k.idle.Stop()
-		k.idle = nil
 	}
-	return k.cc, sync.OnceFunc(func() { c.put(addr, k) }), nil
+	k.idle = t
+}
+
+// replaceLocked forgets a connection, which its last user closes. c.mu must be
+// held.
+func (c *conns) replaceLocked(addr string, k *conn) {
+	delete(c.byAddr, addr)
+	k.rest(nil)
+	if k.replaced = true; k.uses == 0 {
+		_ = k.cc.Close() // only says that it was closed before
+	}
 }
 
 // ready says whether there is a connection to addr that works.
@@ -332,7 +355,14 @@ func (c *conns) ready(addr string) bool {
 func (c *conns) put(addr string, k *conn) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if k.uses--; k.uses > 0 || c.closed {
+	k.uses--
+	switch {
+	case k.uses > 0:
+		return
+	case k.replaced:
+		_ = k.cc.Close()
+		return
+	case c.closed:
 		return
 	}
 	var t *time.Timer
@@ -341,10 +371,10 @@ func (c *conns) put(addr string, k *conn) {
 		defer c.mu.Unlock()
 		if k.idle == t && !c.closed {
 			delete(c.byAddr, addr)
-			_ = k.cc.Close() // only says that it was closed before
+			_ = k.cc.Close()
 		}
 	})
-	k.idle = t
+	k.rest(t)
 }
 
 func (c *conns) close() error {
@@ -356,9 +386,7 @@ func (c *conns) close() error {
 	c.closed = true
 	var errs []error
 	for _, k := range c.byAddr {
-		if k.idle != nil {
-			k.idle.Stop()
-		}
+		k.rest(nil)
 		errs = append(errs, k.cc.Close())
 	}
 	return errors.Join(errs...)

@@ -9,8 +9,6 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	api "github.com/imagewolf/imagewolf/api/v1"
 )
@@ -128,11 +126,6 @@ func (s *Session) receive(stream api.Tracker_JoinClient) {
 	for {
 		msg, err := stream.Recv()
 		if err != nil {
-			// A tracker that is dying says Unavailable; so does gRPC of a
-			// connection that broke. The next Join is to go elsewhere.
-			if s.Err() == nil && status.Code(err) == codes.Unavailable {
-				s.c.avoid(s.tracker)
-			}
 			if errors.Is(err, io.EOF) {
 				err = fmt.Errorf("tracker %s has ended the session: %w", s.tracker.Name, err)
 			}
