@@ -10,7 +10,11 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 PKG     := github.com/imagewolf/imagewolf/cmd/imagewolf/command
 LDFLAGS := -s -w -X $(PKG).version=$(VERSION) -X $(PKG).commit=$(COMMIT)
-BUILD   := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
+BUILD   := CGO_ENABLED=0 $(GO) build -buildvcs=false -ldflags '$(LDFLAGS)'
+
+# The same for all that is built here, so that what several programs have in
+# common is compiled once.
+export GOFLAGS += -trimpath
 
 # How long each fuzz target runs in fuzz-smoke: inputs (3000x) or time (30s).
 export FUZZTIME ?= 3000x
@@ -48,7 +52,7 @@ test-unit: ## run the unit tests with the race detector
 test-integration: build containerds ## run the tests against real containerd 2.4.2 and 1.7.35; as root
 	@.ci/need ip runc
 	@[ "$$(id -u)" = 0 ] || { echo "the integration tests mount snapshots: run them as root" >&2; exit 1; }
-	cd integration && $(GO) test -timeout 15m $(TESTFLAGS) ./...
+	cd integration && CGO_ENABLED=0 $(GO) test -timeout 15m $(TESTFLAGS) ./...
 
 .PHONY: fuzz-smoke
 fuzz-smoke: ## run every fuzz target for FUZZTIME (3000 inputs)

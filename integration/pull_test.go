@@ -14,37 +14,54 @@ import (
 // registry sends it once.
 func TestColdPull(t *testing.T) {
 	each(t, func(ctx context.Context, t *testing.T, w *world) {
-		img := image(ctx, t, 8, 8, 8, 8)
-		// Slow enough for the layers to be on their way at the same time.
-		registry.Behave(harness.Behavior{Rate: 24 * mib})
-		took, err := w.PullAll(ctx, w.ns, img.Ref)
-		must(t, err)
-		sent(t, img.Bytes())
-		whole(ctx, t, w.ns, img, w.Nodes...)
-		fetchers := map[string]bool{}
-		for digest := range img.Blobs {
-			gets := registry.Gets(digest)
-			if len(gets) != 1 {
-				t.Errorf("%d requests for %s, want 1", len(gets), digest)
+		img, fetchers := coldPull(ctx, t, w)
+		// One pull may have got all its layers asked for first by one node, on a
+		// busy machine. Several in a row do not.
+		for range 3 {
+			if len(fetchers) > 1 {
+				break
 			}
-			for _, r := range gets {
-				fetchers[r.Node] = true
-			}
+			registry.Reset()
+			img, fetchers = coldPull(ctx, t, w)
 		}
 		if len(fetchers) < 2 {
-			t.Errorf("one node fetched all layers: %v", fetchers)
+			t.Errorf("one node fetched all layers, every time: %v", fetchers)
 		}
-		t.Logf("took %v; registry copies %.4f; fetchers %v", took, float64(registry.Bytes(""))/float64(img.Bytes()), fetchers)
 		runs(ctx, t, w.ns, img, w.Nodes[len(w.Nodes)-1])
 
 		// A second image that shares a layer: only what is new is sent.
 		registry.Reset()
 		second := imageOn(ctx, t, img.Layers[:1:1], 8)
-		_, err = w.PullAll(ctx, w.ns, second.Ref)
+		_, err := w.PullAll(ctx, w.ns, second.Ref)
 		must(t, err)
 		sent(t, second.Bytes()-second.Blobs[second.Layer(0)])
 		whole(ctx, t, w.ns, second, w.Nodes...)
 	})
+}
+
+// coldPull pulls a new image on all nodes at once and returns it with the nodes
+// that fetched its blobs.
+func coldPull(ctx context.Context, t *testing.T, w *world) (img *harness.Image, fetchers map[string]bool) {
+	t.Helper()
+	img = image(ctx, t, 8, 8, 8, 8)
+	// Slow enough for the layers to be on their way at the same time.
+	registry.Behave(harness.Behavior{Rate: 24 * mib})
+	took, err := w.PullAll(ctx, w.ns, img.Ref)
+	must(t, err)
+	sent(t, img.Bytes())
+	whole(ctx, t, w.ns, img, w.Nodes...)
+	fetchers = map[string]bool{}
+	for digest := range img.Blobs {
+		gets := registry.Gets(digest)
+		if len(gets) != 1 {
+			t.Errorf("%d requests for %s, want 1", len(gets), digest)
+		}
+		for _, r := range gets {
+			fetchers[r.Node] = true
+		}
+	}
+	t.Logf("took %v; registry copies %.4f; fetchers %v", took, float64(registry.Bytes(""))/float64(img.Bytes()), fetchers)
+	return img, fetchers
 }
 
 // TestLatePull: a node that comes late gets everything from the others.
