@@ -141,6 +141,7 @@ func (in *Ingest) writeChunk(c *chunk) {
 	defer in.mu.Unlock()
 	c.stream.pending--
 	if err != nil {
+		in.failedLocked(err)
 		c.stream.failLocked(fmt.Errorf("write %d bytes at %d of %s: %w", len(c.buf), c.off, in.digest, err))
 		gaps = nil
 	}

@@ -177,9 +177,9 @@ func (s *Store) claimedLocked(d digest.Digest) bool {
 }
 
 // evictHidden removes hidden blobs, least recently used first, until those
-// that are left are within the quota. It reports false if it must be tried
+// that are left are within a quota of so many bytes. It reports false if it must be tried
 // again because the local store is committing.
-func (s *Store) evictHidden() bool {
+func (s *Store) evictHidden(quota int64) bool {
 	type candidate struct {
 		digest digest.Digest
 		used   time.Time
@@ -203,7 +203,7 @@ func (s *Store) evictHidden() bool {
 		return cmp.Or(a.used.Compare(b.used), cmp.Compare(a.digest, b.digest))
 	})
 	for _, c := range list {
-		if hidden <= s.quota {
+		if hidden <= quota {
 			return true
 		}
 		removed, ok := s.evictOne(c.digest)

@@ -67,9 +67,9 @@ func TestSoftDelete(t *testing.T) {
 			}
 			return w.Commit(ctx, 0, "")
 		}, errdefs.ErrAlreadyExists, true, true},
-		{"evict visible", 0, false, func(s *Store, _ digest.Digest) error { s.evictHidden(); return nil }, nil, true, true},
-		{"evict within quota", 1000, true, func(s *Store, _ digest.Digest) error { s.evictHidden(); return nil }, nil, false, true},
-		{"evict beyond quota", 999, true, func(s *Store, _ digest.Digest) error { s.evictHidden(); return nil }, nil, false, false},
+		{"evict visible", 0, false, func(s *Store, _ digest.Digest) error { s.evictHidden(s.quota); return nil }, nil, true, true},
+		{"evict within quota", 1000, true, func(s *Store, _ digest.Digest) error { s.evictHidden(s.quota); return nil }, nil, false, true},
+		{"evict beyond quota", 999, true, func(s *Store, _ digest.Digest) error { s.evictHidden(s.quota); return nil }, nil, false, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := open(t, Options{SeedQuota: tc.quota, Filler: &filler{}})
@@ -133,7 +133,7 @@ func TestEvictionOrder(t *testing.T) {
 	} else {
 		defer func() { _ = blob.Close() }()
 	}
-	if !s.evictHidden() {
+	if !s.evictHidden(s.quota) {
 		t.Fatal("not done")
 	}
 	for i, want := range []bool{false, true, false, true, true} {
@@ -147,7 +147,7 @@ func TestEvictionOrder(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = blob.Close() }()
-	s.evictHidden()
+	s.evictHidden(s.quota)
 	if exists(t, s.blobPath(ds[3])) {
 		t.Error("not evicted")
 	}
@@ -165,11 +165,11 @@ func TestEvictionSparesWhatWillBeCommitted(t *testing.T) {
 	ref := refFor("a", d)
 	w := writer(t, s, ref, 1000)
 	write(t, w, b)
-	s.evictHidden()
+	s.evictHidden(s.quota)
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s.evictHidden()
+	s.evictHidden(s.quota)
 	if st, err := s.Status(t.Context(), ref); err != nil || st.Offset != 1000 {
 		t.Fatalf("status %+v: %v", st, err)
 	}
@@ -183,7 +183,7 @@ func TestEvictionSparesWhatWillBeCommitted(t *testing.T) {
 	if err := s.Abort(t.Context(), ref); err != nil {
 		t.Fatal(err)
 	}
-	s.evictHidden()
+	s.evictHidden(s.quota)
 	if exists(t, s.blobPath(d)) {
 		t.Error("not evicted after the abort")
 	}
@@ -219,11 +219,11 @@ func TestEvictionYieldsToLocalCommit(t *testing.T) {
 	d := put(t, s, b)
 	s.blobs[d].hidden = true
 	s.commits.RLock()
-	if s.evictHidden() || !exists(t, s.blobPath(d)) {
+	if s.evictHidden(s.quota) || !exists(t, s.blobPath(d)) {
 		t.Error("evicted during a commit")
 	}
 	s.commits.RUnlock()
-	if !s.evictHidden() || exists(t, s.blobPath(d)) {
+	if !s.evictHidden(s.quota) || exists(t, s.blobPath(d)) {
 		t.Error("not evicted after it")
 	}
 }
@@ -241,7 +241,7 @@ func TestEvictionRacesWithInfo(t *testing.T) {
 			s.mu.Lock()
 			s.blobs[d].hidden = true
 			s.mu.Unlock()
-			s.evictHidden()
+			s.evictHidden(s.quota)
 		})
 		_, err := s.Info(t.Context(), d)
 		wg.Wait()
@@ -253,7 +253,7 @@ func TestEvictionRacesWithInfo(t *testing.T) {
 			if there := exists(t, s.blobPath(d)); there != (err == nil) {
 				t.Fatalf("file there: %v, info: %v", there, err)
 			}
-			if s.evictHidden(); err == nil && !exists(t, s.blobPath(d)) {
+			if s.evictHidden(s.quota); err == nil && !exists(t, s.blobPath(d)) {
 				t.Fatal("evicted after Info")
 			}
 		case !errdefs.IsNotFound(err):

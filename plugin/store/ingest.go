@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime/debug"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -51,6 +52,7 @@ type Ingest struct {
 	hashing, pumping, retiring bool  // guarded by mu; the goroutine of that job runs
 	finishing                  bool  // guarded by mu; all is there and being checked, synced, renamed
 	whole                      bool  // guarded by mu
+	roomless                   bool  // guarded by mu; the disk was full: what is staged is not kept for later
 	dead                       bool  // guarded by mu; gave way to one of another size: its staging is no longer its own
 	failed                     int   // guarded by mu; State.Failed
 	fault                      error // guarded by mu; why it last failed
@@ -244,10 +246,21 @@ func (in *Ingest) writeAt(p []byte, off int64, refuse func() error) (int, error)
 	}
 	for _, g := range gaps {
 		if n, err := f.WriteAt(p[g.lo-off:g.hi-off], g.lo); err != nil {
+			in.mu.Lock()
+			in.failedLocked(err)
+			in.mu.Unlock()
 			return int(g.lo-off) + n, fmt.Errorf("write ingest %s: %w", in.digest, err)
 		}
 	}
 	return len(p), nil
+}
+
+// failedLocked notes that a write to the file failed. mu must be held.
+func (in *Ingest) failedLocked(err error) {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		in.roomless = true
+		wake(in.store.full)
+	}
 }
 
 // MarkPresent says that the bytes of a range have been written and are good.
@@ -420,6 +433,9 @@ func (s *Store) settle(in *Ingest) {
 func (s *Store) settleLocked(in *Ingest) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
+	if in.roomless && len(in.streams) == 0 && in.filling {
+		in.endFill() // it would fill a full disk, for nobody
+	}
 	if in.inUseLocked() {
 		return
 	}
@@ -440,8 +456,11 @@ func (s *Store) retire(in *Ingest) {
 		for in.busyLocked() && !in.inUseLocked() {
 			in.cond.Wait()
 		}
+		keep := !in.roomless
 		in.mu.Unlock()
-		if err := in.save(true); err != nil {
+		if !keep {
+			// It is given back when the ingest is dropped.
+		} else if err := in.save(true); err != nil {
 			s.log.Warn("unfinished blob may have to start anew", "digest", in.digest, "err", err)
 		}
 		if s.retired(in) {
@@ -465,6 +484,9 @@ func (s *Store) retired(in *Ingest) bool {
 	default:
 		in.retiring = false
 		s.dropLocked(in)
+		if in.roomless {
+			s.dropStaging(in.digest)
+		}
 	}
 	return true
 }

@@ -108,6 +108,7 @@ type Store struct {
 
 	told  chan struct{} // events may not be empty
 	evict chan struct{} // hidden blobs may be beyond the quota
+	full  chan struct{} // a write found the disk full
 
 	spawnMu  sync.Mutex
 	stopping bool           // guarded by spawnMu
@@ -142,6 +143,7 @@ func Open(o Options) (*Store, error) {
 		refs:    map[string]*ref{},
 		told:    make(chan struct{}, 1),
 		evict:   make(chan struct{}, 1),
+		full:    make(chan struct{}, 1),
 	}
 	if s.bootID == "" {
 		s.bootID = readBootID()
@@ -190,12 +192,23 @@ func (s *Store) Run(ctx context.Context) error {
 			s.sweep(time.Now())
 		case <-s.evict:
 			retry.Reset(0)
+		case <-s.full:
+			s.makeRoom()
+			retry.Reset(0)
 		case <-retry.C:
-			if !s.evictHidden() {
+			if !s.evictHidden(s.quota) {
 				retry.Reset(time.Second)
 			}
 		}
 	}
+}
+
+// makeRoom gives up all that is kept for others and for later: the disk is full,
+// and a pull of this node matters more.
+func (s *Store) makeRoom() {
+	s.log.Warn("the disk is full: blobs kept for other nodes and unfinished ones are removed", "root", s.root)
+	s.evictHidden(0)
+	s.sweep(time.Now().Add(abandonedAfter))
 }
 
 // Close ends every Fill and every stream, waits for them, and keeps on disk
