@@ -24,10 +24,12 @@ const (
 	maxPeers = 64
 	// maxAddress is the longest peer address that is taken, in bytes.
 	maxAddress = 300
-	// maxUnderWay is how many segments of a blob are downloaded at a time. Each
-	// has connections of its own, at about 200 KB, and a node that comes late to
-	// a blob of 100 GiB is told of all its 1,600 segments at once.
-	maxUnderWay = 64
+	// maxUnderWay is how many segments of a blob are downloaded at a time. With
+	// more of them, each comes more slowly: no piece is whole for long, which
+	// looks like standing still, and none can be passed on. Each also has
+	// connections of its own, at about 200 KB, and a node that comes late to a
+	// blob is told of all its segments at once.
+	maxUnderWay = 8
 	// stalled is after how long without a byte a segment does not count as under
 	// way any more. It goes on all the same.
 	stalled = 2 * time.Second
@@ -322,6 +324,9 @@ type Stats struct {
 	// that it came from.
 	Sources map[string]int64
 }
+
+// Downloaded is [Stats].Downloaded, for who asks very often.
+func (b *Blob) Downloaded() int64 { return b.downloaded.Load() }
 
 // Stats takes no lock of the torrent client and may be called often.
 func (b *Blob) Stats() Stats {

@@ -84,6 +84,9 @@ func (s *segment) passed(piece int) {
 		b.account(p).good++
 	}
 	delete(s.senders, piece)
+	if len(s.good) == b.layout.Pieces(s.index) {
+		b.poke() // there is room for one more segment
+	}
 }
 
 // unread notes that a piece could not be read to be checked, which is no
@@ -175,7 +178,10 @@ func (b *Blob) look(now time.Time) (more bool) {
 	}
 	b.kick()
 	room := b.limit - b.underWay(now)
-	for _, s := range b.segs {
+	// In the same order on all nodes: they pass on to each other what they are
+	// downloading, and one source is not asked for everything at once.
+	for _, i := range slices.Sorted(maps.Keys(b.segs)) {
+		s := b.segs[i]
 		if s.t.Complete().Bool() {
 			more = b.part(s) || more
 			continue
