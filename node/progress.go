@@ -142,8 +142,20 @@ func (s *session) status() *apiv1.Status {
 	return &apiv1.Status{
 		Prefix: s.state.Prefix, Present: s.state.Present,
 		CanFetch: s.state.Waiting > 0, Fetching: s.state.Writing > 0 && !s.state.Whole,
-		Whole: s.state.Whole, Load: load, Rank: rank, Busy: s.node.book.busy(s.digest, time.Now()),
+		Whole: s.state.Whole, Load: load, Rank: rank, Busy: s.node.book.busy(s.digest, time.Now()) || s.receives(time.Now()),
 	}
+}
+
+// receives says whether peers have sent bytes a moment ago. They count for
+// nothing until a piece is whole, which takes seconds on a slow line.
+func (s *session) receives(now time.Time) bool {
+	if s.blob == nil {
+		return false
+	}
+	if n := s.blob.Downloaded(); n > s.received {
+		s.received, s.receivedAt = n, now
+	}
+	return now.Sub(s.receivedAt) < busyFor
 }
 
 // tell sends a Status when something but progress has changed, or when
@@ -154,6 +166,10 @@ func (s *session) tell(now time.Time) {
 	}
 	st := s.status()
 	if proto.Equal(st, s.sent) {
+		if st.GetBusy() && !st.GetWhole() && now.Sub(s.sentAt) >= busyEvery {
+			s.sentAt = now
+			s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Status{Status: st}})
+		}
 		return
 	}
 	only := proto.CloneOf(st)

@@ -69,8 +69,13 @@ func (m *Machine) supplied(now time.Time) bool {
 		until = m.lastMove().Add(2 * m.stall)
 	}
 	for _, x := range m.list {
-		if x.class == source {
+		switch {
+		case x.class == source:
 			until = later(until, x.heard.Add(m.stall))
+		case !until.IsZero() && x.starves(m.size) && x.works(now, m.stall):
+			// Its line is full of other blobs: this one's turn will come.
+			until = later(until, m.lastMove().Add(m.most(busyStalls*m.stall)))
+			m.wakeAt(x.busyAt.Add(m.stall))
 		}
 	}
 	for _, s := range m.seeders {
@@ -164,7 +169,10 @@ func (m *Machine) hedge(now time.Time) {
 		if f.present >= m.size {
 			return // has all, is checking it
 		}
-		due = later(due, f.moved.Add(m.patience(f)))
+		due = later(due, f.moved.Add(m.patience(now, f)))
+		if f.works(now, m.stall) {
+			m.wakeAt(f.busyAt.Add(m.stall))
+		}
 	}
 	if now.Before(due) {
 		m.wakeAt(due)
@@ -188,21 +196,33 @@ func (m *Machine) hedge(now time.Time) {
 // seems to stand still between two of them, and a second one would make the
 // line slower yet. Above all where bytes of other blobs keep coming in: its
 // line works, but is shared by many.
-func (m *Machine) patience(f *member) time.Duration {
+func (m *Machine) patience(now time.Time, f *member) time.Duration {
 	if !f.fetching {
 		return m.stall // it was told, and its client has not even begun
 	}
 	d := min(max(2*f.gap, m.stall), m.stall+slowSlack)
 	switch {
-	case f.busy:
+	case f.works(now, m.stall):
 		d = busyStalls * m.stall
 	case f.gap == 0:
 		d = 2 * m.stall
 	}
+	return m.most(d)
+}
+
+// most bounds a wait, so that it ends before members go to the registry by
+// themselves.
+func (m *Machine) most(d time.Duration) time.Duration {
 	if m.maxWait > 0 {
 		d = min(d, max(m.maxWait/2, m.stall))
 	}
 	return d
+}
+
+// works says whether a member is heard to get bytes of other blobs. One that is
+// busy says so again and again; one that has lost its network says nothing.
+func (x *member) works(now time.Time, stall time.Duration) bool {
+	return x.busy && now.Sub(x.busyAt) < stall
 }
 
 // expireTold takes the role from members that were told to fetch long ago and

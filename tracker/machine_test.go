@@ -405,8 +405,21 @@ var machineTests = []struct {
 			0s    join a can            > a fetch
 			0s    join b can            > b wait
 			0s    status a fetching -can busy
+			1.5s  status a
+			3s    status a
+			4.5s  status a
+			6s    status a
+			7.5s  status a
+			9s    status a
 			9s    tick
 			9.5s  status a -busy        > b fetch`},
+	{name: "a busy fetcher that is not heard any more is not waited for", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    status a fetching -can busy
+			1s    status a
+			3.9s  tick
+			4s    tick                  > b fetch`},
 	{name: "a slow fetcher is given time for the next MiB", lines: `
 			0s    join a can            > a fetch
 			0s    join b can            > b wait
@@ -675,7 +688,7 @@ func TestPatienceEndsWellBeforeAllGiveUp(t *testing.T) {
 		{2 * time.Second, 2 * time.Second},
 	} {
 		m := NewMachine(testDigest, testSize, MachineOptions{Layout: testLayout, StallTimeout: 2 * time.Second, MaxWait: c.maxWait})
-		if got := m.patience(&member{fetching: true, busy: true}); got != c.want {
+		if got := m.patience(epoch, &member{fetching: true, busy: true, busyAt: epoch}); got != c.want {
 			t.Errorf("%v with max_wait %v, want %v", got, c.maxWait, c.want)
 		}
 	}

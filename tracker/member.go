@@ -31,6 +31,7 @@ type member struct {
 	fetching        bool
 	whole           bool
 	busy            bool
+	busyAt          time.Time // when it was last heard to be busy
 	load, rank      uint32
 
 	class   class
@@ -116,6 +117,9 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	x.prefix, x.present = prefix, present
 	x.canFetch, x.fetching, x.whole = s.GetCanFetch(), s.GetFetching(), s.GetWhole()
 	x.load, x.rank, x.busy = s.GetLoad(), s.GetRank(), s.GetBusy()
+	if x.busy {
+		x.busyAt = now
+	}
 	m.sort(now, x)
 	if turned { // its client has come or gone, and with it the use of a first hop
 		for i := range m.segs {

@@ -371,7 +371,8 @@ func (x *Announce) GetPieces() []byte {
 	return nil
 }
 
-// Status is sent at every change that matters, at most a few times a second.
+// Status is sent at every change that matters, at most a few times a second, and
+// twice a second by a member that lacks bytes and is busy.
 type Status struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Prefix        int64                  `protobuf:"varint,1,opt,name=prefix,proto3" json:"prefix,omitempty"`                     // bytes from 0 that are all there
@@ -381,7 +382,7 @@ type Status struct {
 	Whole         bool                   `protobuf:"varint,5,opt,name=whole,proto3" json:"whole,omitempty"`                       // all there and the sha256 right
 	Load          uint32                 `protobuf:"varint,6,opt,name=load,proto3" json:"load,omitempty"`                         // other blobs that this node is fetching right now
 	Rank          uint32                 `protobuf:"varint,7,opt,name=rank,proto3" json:"rank,omitempty"`                         // blobs this node asked for before this one that are still undecided or being fetched
-	Busy          bool                   `protobuf:"varint,8,opt,name=busy,proto3" json:"busy,omitempty"`                         // bytes of other blobs came in here within the last seconds
+	Busy          bool                   `protobuf:"varint,8,opt,name=busy,proto3" json:"busy,omitempty"`                         // bytes of other blobs, or bytes of this one that are not checked yet, came in here within the last seconds
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
