@@ -103,10 +103,11 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	g.Go(func() error { return srv.Serve(ctx, l) })
 	g.Go(func() error { return n.store.Run(ctx) })
 	g.Go(func() error { n.runStack(ctx); return nil })
+	g.Go(func() error { return n.watch(ctx) })
 	n.log.Info("serving containerd", "socket", n.cfg.Socket, "root", n.cfg.Root)
-	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-		n.log.Warn("systemd was not told that the node is ready", "err", err)
-	}
+	n.tell(daemon.SdNotifyReady)
+	<-ctx.Done()
+	n.tell(daemon.SdNotifyStopping)
 	err = g.Wait()
 	if errors.Is(err, context.Canceled) {
 		return nil
