@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"net"
 	"os"
 	"testing"
 	"time"
@@ -220,6 +221,40 @@ func TestConnectionCut(t *testing.T) {
 		whole(ctx, t, w.ns, img, w.Nodes[:2]...)
 		if got := registry.Bytes(""); got > img.Bytes()+8*mib {
 			t.Errorf("the registry sent %d bytes for an image of %d", got, img.Bytes())
+		}
+	})
+}
+
+// TestSocketIsHeld: systemd holds the socket, so that containerd waits for a
+// daemon that is started again, and does not fail.
+func TestSocketIsHeld(t *testing.T) {
+	each(t, func(ctx context.Context, t *testing.T, w *world) {
+		n, img := w.Nodes[0], image(ctx, t, 8)
+		must(t, n.Wolf.Stop())
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: n.Wolf.Socket()})
+		must(t, err)
+		l.SetUnlinkOnClose(false) // the next daemon makes its own in its place
+		n.Wolf.Socketed, err = l.File()
+		must(t, err)
+		must(t, l.Close())
+		t.Cleanup(func() {
+			must(t, n.Wolf.Stop())
+			must(t, n.Wolf.Socketed.Close())
+			n.Wolf.Socketed = nil
+		})
+		must(t, n.Wolf.Start(ctx))
+		for _, end := range []func(){n.Wolf.Kill, func() { must(t, n.Wolf.Stop()) }} {
+			end()
+			waiting := pull(ctx, w.ns, img.Ref, n)
+			select {
+			case err := <-waiting[0].done:
+				t.Fatalf("the pull did not wait: %v", err)
+			case <-time.After(time.Second):
+			}
+			must(t, n.Wolf.Start(ctx))
+			finish(t, waiting)
+			whole(ctx, t, w.ns, img, n)
+			must(t, n.Remove(ctx, w.ns, img.Ref))
 		}
 	})
 }

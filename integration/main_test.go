@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -46,7 +47,12 @@ func setUp(m *testing.M) (code int) {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	return m.Run()
+	code = m.Run()
+	if err := writeReport(os.Getenv("FAULTS_JSON")); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return code
 }
 
 // world is what one scenario runs in: the cluster of one containerd version,
@@ -121,6 +127,9 @@ func clusterOf(version string) (*harness.Cluster, error) {
 	return c, nil
 }
 
+// notInNames is what a repository's name must not have.
+var notInNames = regexp.MustCompile(`[^a-z0-9]+`)
+
 // image pushes an image of random layers of the given sizes (MiB), with a
 // runnable program on top.
 func image(ctx context.Context, t *testing.T, sizes ...int64) *harness.Image {
@@ -143,7 +152,7 @@ func imageOn(ctx context.Context, t *testing.T, base []*harness.Layer, sizes ...
 		// Bytes of its own keep the layer from being one that nodes have.
 		layers = append(layers, newLayer(t, harness.Gzip, harness.Join(harness.Program(env), harness.Random(64))))
 	}
-	repo := strings.ToLower(strings.NewReplacer("/", "-", ".", "-", "_", "-").Replace(t.Name()))
+	repo := strings.Trim(notInNames.ReplaceAllString(strings.ToLower(t.Name()), "-"), "-")
 	img, err := registry.Push(ctx, fmt.Sprintf("%s-%d", repo, time.Now().UnixNano()), layers...)
 	if err != nil {
 		t.Fatal(err)

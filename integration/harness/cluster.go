@@ -52,6 +52,8 @@ type ClusterOptions struct {
 // Cluster is several nodes that know each other.
 type Cluster struct {
 	Nodes []*Node
+	// Key is the cluster's; "" without ImageWolf.
+	Key string
 
 	direct bool
 }
@@ -60,10 +62,9 @@ type Cluster struct {
 // each other.
 func NewCluster(ctx context.Context, e *Env, o ClusterOptions) (*Cluster, error) {
 	c := &Cluster{direct: o.Direct}
-	key := ""
 	if !o.Direct {
 		var err error
-		if key, err = NewClusterKey(ctx, e); err != nil {
+		if c.Key, err = NewClusterKey(ctx, e); err != nil {
 			return nil, err
 		}
 	}
@@ -85,7 +86,7 @@ func NewCluster(ctx context.Context, e *Env, o ClusterOptions) (*Cluster, error)
 		if o.Direct {
 			continue
 		}
-		if n.Wolf, err = newImageWolf(e, name, dir, key, n.Containerd); err != nil {
+		if n.Wolf, err = newImageWolf(e, name, dir, c.Key, n.Containerd); err != nil {
 			return nil, err
 		}
 		for table, text := range o.Settings {

@@ -203,7 +203,7 @@ func (c *Containerd) Start(ctx context.Context, o ContainerdOptions) error {
 	bin := c.env.Bin.containerd(c.Version, "containerd")
 	// The shim is looked for in PATH, and in containerd's own directory.
 	env := []string{"PATH=" + filepath.Dir(bin) + ":" + os.Getenv("PATH")}
-	if c.proc, err = c.env.startOn(c.on, "containerd of "+c.name, c.Log(), env, bin, "--config", config); err != nil {
+	if c.proc, err = c.env.startOn(c.on, "containerd of "+c.name, c.Log(), env, nil, bin, "--config", config); err != nil {
 		return err
 	}
 	return c.ready(ctx)

@@ -1,11 +1,13 @@
 package harness
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net"
 	"net/http"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -30,20 +32,40 @@ type Request struct {
 	Bytes  int64     // of the body, handed to the network so far
 	Done   bool      // the handler has returned
 	Ended  time.Time // when it did
+
+	turn int // of those that the behavior concerned when it came, the how many-th
 }
 
 // Behavior is what a registry does to GET requests for blobs and manifests.
 // The zero value is to behave well.
 type Behavior struct {
-	// Rate bounds the body bytes per second, all bodies together; 0: unbounded.
+	// Rate bounds the body bytes per second, all bodies together, whatever is
+	// said below; 0: unbounded.
 	Rate int64
 	// StallAfter holds each body back after so many bytes, until the behavior
 	// is changed; 0: never. 1 holds it back before the second byte.
 	StallAfter int64
 	// CutAfter closes the connection after so many body bytes; 0: never.
 	CutAfter int64
-	// Status is answered in place of the content; 0: none.
-	Status int
+	// Status is answered in place of the content; 0: none. With RetryAfter the
+	// client is told how many seconds to wait.
+	Status, RetryAfter int
+	// NoRange ignores that only a part of the content is asked for.
+	NoRange bool
+	// Corrupt sends other bytes.
+	Corrupt bool
+
+	// Node, Digest and Times restrict all this to the requests of one node, to
+	// those for one blob, and to the first so many that arrive after Behave; ""
+	// and 0: no restriction.
+	Node, Digest string
+	Times        int
+}
+
+// concerns reports whether the behavior is for a request.
+func (b Behavior) concerns(r *Request) bool {
+	return r.content() && (b.Node == "" || b.Node == r.Node) && (b.Digest == "" || b.Digest == r.Digest) &&
+		(b.Times == 0 || r.turn <= b.Times)
 }
 
 // Counter is an http.Handler around another: it counts every request and body
@@ -56,6 +78,7 @@ type Counter struct {
 	requests []*Request
 	behavior Behavior
 	limiter  *rate.Limiter
+	turns    int           // requests that behavior has concerned
 	changed  chan struct{} // closed when behavior changes
 	user     string        // basic auth; "" for none
 	password string
@@ -70,7 +93,7 @@ func NewCounter(next http.Handler) *Counter {
 func (c *Counter) Behave(b Behavior) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.behavior, c.limiter = b, nil
+	c.behavior, c.limiter, c.turns = b, nil, 0
 	if b.Rate > 0 {
 		// A tenth of a second at once: enough to reach the rate, and too
 		// little to matter in a test that waits for a byte to be reached.
@@ -151,22 +174,33 @@ func (c *Counter) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	req.Header.Del(NodeHeader)
 	c.mu.Lock()
 	c.requests = append(c.requests, r)
-	status, user, password := c.behavior.Status, c.user, c.password
+	b, user, password := c.behavior, c.user, c.password
+	if b.concerns(r) {
+		c.turns++
+		r.turn = c.turns
+	}
+	struck := b.concerns(r)
 	c.mu.Unlock()
 	defer func() {
 		c.mu.Lock()
 		r.Done, r.Ended = true, time.Now()
 		c.mu.Unlock()
 	}()
-	cw := &countingWriter{ResponseWriter: w, c: c, r: r, ctx: req.Context(), shape: r.content()}
+	cw := &countingWriter{ResponseWriter: w, c: c, r: r, ctx: req.Context()}
 	if u, p, _ := req.BasicAuth(); user != "" && (u != user || p != password) {
 		cw.Header().Set("Www-Authenticate", `Basic realm="harness"`)
 		http.Error(cw, "who are you?", http.StatusUnauthorized)
 		return
 	}
-	if status != 0 && cw.shape {
-		http.Error(cw, "told to fail", status)
+	if b.Status != 0 && struck {
+		if b.RetryAfter > 0 {
+			cw.Header().Set("Retry-After", strconv.Itoa(b.RetryAfter))
+		}
+		http.Error(cw, "told to fail", b.Status)
 		return
+	}
+	if b.NoRange && struck {
+		req.Header.Del("Range")
 	}
 	c.next.ServeHTTP(cw, req)
 }
@@ -174,10 +208,9 @@ func (c *Counter) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 // countingWriter counts what it passes on, and applies the behavior.
 type countingWriter struct {
 	http.ResponseWriter
-	c     *Counter
-	r     *Request
-	ctx   context.Context // of the request: it lives exactly as long as the writer
-	shape bool            // the behavior is for this request
+	c   *Counter
+	r   *Request
+	ctx context.Context // of the request: it lives exactly as long as the writer
 }
 
 // WriteHeader implements http.ResponseWriter.
@@ -200,12 +233,14 @@ func (w *countingWriter) Write(b []byte) (int, error) {
 	var n int
 	for len(b) > 0 {
 		part := b[:min(len(b), chunk)]
-		if w.shape {
-			allowed, err := w.admit(len(part))
+		if w.r.content() {
+			allowed, corrupt, err := w.admit(len(part))
 			if err != nil {
 				return n, err
 			}
-			part = part[:allowed]
+			if part = part[:allowed]; corrupt {
+				part = bytes.Repeat([]byte("x"), allowed)
+			}
 		}
 		m, err := w.ResponseWriter.Write(part)
 		n += m
@@ -223,11 +258,15 @@ func (w *countingWriter) Write(b []byte) (int, error) {
 // Unwrap lets http.ResponseController find the writer inside.
 func (w *countingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// admit waits until some of the next n bytes may be sent, and says how many.
-func (w *countingWriter) admit(n int) (int, error) {
+// admit waits until some of the next n bytes may be sent, and says how many, and
+// whether they are to be others.
+func (w *countingWriter) admit(n int) (allowed int, corrupt bool, err error) {
 	for {
 		w.c.mu.Lock()
 		b, limiter, changed, sent := w.c.behavior, w.c.limiter, w.c.changed, w.r.Bytes
+		if !b.concerns(w.r) {
+			b = Behavior{}
+		}
 		w.c.mu.Unlock()
 		switch {
 		case b.CutAfter > 0 && sent >= b.CutAfter:
@@ -235,13 +274,13 @@ func (w *countingWriter) admit(n int) (int, error) {
 			panic(http.ErrAbortHandler)
 		case b.StallAfter > 0 && sent >= b.StallAfter:
 			if err := http.NewResponseController(w.ResponseWriter).Flush(); err != nil {
-				return 0, err
+				return 0, false, err
 			}
 			select {
 			case <-changed:
 				continue
 			case <-w.ctx.Done():
-				return 0, w.ctx.Err()
+				return 0, false, w.ctx.Err()
 			}
 		}
 		if b.CutAfter > 0 {
@@ -252,14 +291,14 @@ func (w *countingWriter) admit(n int) (int, error) {
 		}
 		if limiter != nil {
 			if err := limiter.WaitN(w.ctx, n); err != nil {
-				return 0, err
+				return 0, false, err
 			}
 			// A slow body is to arrive as it is sent, not in the server's buffer.
 			if err := http.NewResponseController(w.ResponseWriter).Flush(); err != nil {
-				return 0, err
+				return 0, false, err
 			}
 		}
-		return n, nil
+		return n, b.Corrupt, nil
 	}
 }
 

@@ -23,6 +23,9 @@ type ImageWolf struct {
 	// Settings are lines of TOML by table ("" for the top), added to its
 	// configuration at the next Start.
 	Settings map[string]string
+	// Socketed is the listening unix socket at Socket() that the daemon is started
+	// with, as systemd would; nil: it makes its own.
+	Socketed *os.File
 
 	env        *Env
 	on         *Machine // nil: this one
@@ -157,7 +160,13 @@ func (w *ImageWolf) Start(ctx context.Context) error {
 	if info, err := os.Stat(w.Log()); err == nil {
 		w.logStart = info.Size()
 	}
-	p, err := w.env.startOn(w.on, "imagewolf of "+w.name, w.Log(), nil, w.env.Bin.ImageWolf, "daemon", "--config", w.Config())
+	argv := []string{w.env.Bin.ImageWolf, "daemon", "--config", w.Config()}
+	var files []*os.File
+	if w.Socketed != nil {
+		// The process id that systemd sets is known to the process alone.
+		files, argv = []*os.File{w.Socketed}, append([]string{"/bin/sh", "-c", `LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"`, "systemd"}, argv...)
+	}
+	p, err := w.env.startOn(w.on, "imagewolf of "+w.name, w.Log(), nil, files, argv...)
 	if err != nil {
 		return err
 	}

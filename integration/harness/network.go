@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -273,6 +274,48 @@ type Traffic struct{ Sent, Received int64 }
 // Sub returns the traffic since an earlier one.
 func (t Traffic) Sub(earlier Traffic) Traffic {
 	return Traffic{Sent: t.Sent - earlier.Sent, Received: t.Received - earlier.Received}
+}
+
+// Cut takes the link down until Mend: neither end hears of the other, and no
+// connection is told so.
+func (l *Link) Cut() error { return l.set((*netlink.Handle).LinkSetDown) }
+
+// Mend takes the link up again.
+func (l *Link) Mend() error { return l.set((*netlink.Handle).LinkSetUp) }
+
+// set changes the link's far end, the switch's: a machine whose own end goes down
+// would forget its routes.
+func (l *Link) set(change func(*netlink.Handle, netlink.Link) error) error {
+	h := l.ends[1].handle
+	nic, err := h.LinkByName(l.name)
+	if err == nil {
+		err = change(h, nic)
+	}
+	if err != nil {
+		return fmt.Errorf("link: %w", err)
+	}
+	return nil
+}
+
+// Drop has the machine lose so many percent of the packets that come from the
+// given addresses, from anywhere if there are none; 0 percent ends it. It needs
+// nft (.ci/need nft).
+func (m *Machine) Drop(ctx context.Context, percent int, from ...string) error {
+	rules := "table ip faults\ndelete table ip faults\n"
+	if percent > 0 {
+		match := ""
+		if len(from) > 0 {
+			match = "ip saddr { " + strings.Join(from, ", ") + " } "
+		}
+		if percent < 100 {
+			match += fmt.Sprintf("numgen random mod 100 < %d ", percent)
+		}
+		rules += "table ip faults {\n chain input {\n type filter hook input priority 0\n " + match + "drop\n }\n}\n"
+	}
+	if _, err := runOn(ctx, m, strings.NewReader(rules), nil, "nft", "-f", "-"); err != nil {
+		return fmt.Errorf("losing packets: %w", err)
+	}
+	return nil
 }
 
 // headers are the bytes of a packet that are Ethernet's (14), IPv4's (20) and

@@ -184,7 +184,7 @@ func dieInNetwork(t *testing.T, note string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := e.startOn(m, "sleeper", filepath.Join(e.Root, "log"), nil, "sleep", "1000")
+	p, err := e.startOn(m, "sleeper", filepath.Join(e.Root, "log"), nil, nil, "sleep", "1000")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -40,11 +40,12 @@ var spawner = sync.OnceValue(func() chan func() {
 // start runs a daemon in a process group of its own, with its output appended
 // to logPath.
 func (e *Env) start(name, logPath string, env []string, argv ...string) (*Process, error) {
-	return e.startOn(nil, name, logPath, env, argv...)
+	return e.startOn(nil, name, logPath, env, nil, argv...)
 }
 
-// startOn is start on a machine of a Network; nil for this one.
-func (e *Env) startOn(m *Machine, name, logPath string, env []string, argv ...string) (*Process, error) {
+// startOn is start on a machine of a Network; nil for this one. The process gets
+// files from descriptor 3 on.
+func (e *Env) startOn(m *Machine, name, logPath string, env []string, files []*os.File, argv ...string) (*Process, error) {
 	out, err := os.OpenFile(logPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, fmt.Errorf("log of %s: %w", name, err)
@@ -52,6 +53,7 @@ func (e *Env) startOn(m *Machine, name, logPath string, env []string, argv ...st
 	p := &Process{name: name, log: logPath, cmd: exec.Command(argv[0], argv[1:]...), done: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = out, out
 	p.cmd.Env = append(os.Environ(), env...)
+	p.cmd.ExtraFiles = files
 	p.cmd.Dir = filepath.Dir(logPath)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if m != nil {

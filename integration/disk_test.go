@@ -1,0 +1,150 @@
+package integration
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/imagewolf/imagewolf/integration/harness"
+)
+
+// onDisk has a node's content in a file system of its own for the length of a
+// test. mount makes it, over a directory.
+func onDisk(ctx context.Context, t *testing.T, n *harness.Node, mount func(dir string) error) {
+	t.Helper()
+	stop := func() error { return errors.Join(n.Stop(), n.Wolf.Stop()) }
+	must(t, stop())
+	must(t, os.MkdirAll(n.ContentDir(), 0o755))
+	must(t, mount(n.ContentDir()))
+	t.Cleanup(func() {
+		must(t, stop())
+		must(t, unix.Unmount(n.ContentDir(), unix.MNT_DETACH))
+	})
+	must(t, startBoth(ctx, n))
+}
+
+func startBoth(ctx context.Context, n *harness.Node) error {
+	if err := n.Wolf.Start(ctx); err != nil {
+		return err
+	}
+	return n.Start(ctx, n.Default())
+}
+
+// TestDiskIsFull: a node without room says so, gives back what it had staged, and
+// goes on with what fits; the others do not notice.
+func TestDiskIsFull(t *testing.T) {
+	each(t, func(ctx context.Context, t *testing.T, w *world) {
+		victim := w.Nodes[1]
+		onDisk(ctx, t, victim, func(dir string) error {
+			return unix.Mount("tmpfs", dir, "tmpfs", 0, "size=24m")
+		})
+		must(t, w.Settle(ctx))
+		registry.Reset()
+		img := image(ctx, t, 16, 16)
+		for _, p := range pull(ctx, w.ns, img.Ref, w.Nodes[:3]...) {
+			err := <-p.done
+			switch {
+			case p.node != victim && err != nil:
+				t.Errorf("pull on %s: %v", p.node.Name, err)
+			case p.node == victim && (err == nil || !strings.Contains(err.Error(), "no space left on device")):
+				t.Errorf("pull on the full disk: %v", err)
+			}
+		}
+		whole(ctx, t, w.ns, img, w.Nodes[0], w.Nodes[2])
+		if got := registry.Bytes(""); got > img.Bytes()*2 {
+			t.Errorf("the registry sent %d bytes for an image of %d", got, img.Bytes())
+		}
+		small := image(ctx, t, 4)
+		soon, cancel := context.WithTimeout(ctx, 20*time.Second)
+		defer cancel()
+		// What the failed pull had brought is given back first.
+		must(t, harness.Poll(soon, 500*time.Millisecond, func() error { return victim.Pull(ctx, w.ns, small.Ref) }))
+		whole(ctx, t, w.ns, small, victim)
+	})
+}
+
+// TestPowerLoss: whatever of a node's content had not reached the disk is gone
+// from one moment to the next. No blob is wrong afterwards, none is missing that
+// containerd was told of, and the next pull succeeds.
+func TestPowerLoss(t *testing.T) {
+	rounds := 3
+	if os.Getenv("FAULTS") == "all" {
+		rounds = 12
+	}
+	each(t, func(ctx context.Context, t *testing.T, w *world) {
+		n := w.Nodes[0]
+		disk := filepath.Join(n.Dir, "disk")
+		must(t, os.WriteFile(disk, nil, 0o600))
+		must(t, os.Truncate(disk, 512*mib))
+		t.Cleanup(func() { must(t, os.Remove(disk)) })
+		if out, err := exec.CommandContext(ctx, "mkfs.ext4", "-q", disk).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		mount := func(dir string) error {
+			out, err := exec.CommandContext(ctx, "mount", "-o", "loop", disk, dir).CombinedOutput()
+			if err != nil {
+				return errors.New(string(out))
+			}
+			return nil
+		}
+		onDisk(ctx, t, n, mount)
+		for round := range rounds {
+			img := image(ctx, t, 1, 1, 1, 1, 8)
+			registry.Behave(harness.Behavior{Rate: 12 * mib})
+			pulling := pull(ctx, w.ns, img.Ref, n)
+			time.Sleep(time.Duration(100+rand.IntN(1500)) * time.Millisecond)
+			must(t, cutPower(n.ContentDir()))
+			n.Wolf.Kill()
+			n.Kill()
+			err := <-pulling[0].done
+			must(t, unix.Unmount(n.ContentDir(), unix.MNT_DETACH))
+			must(t, mount(n.ContentDir()))
+			must(t, startBoth(ctx, n))
+			registry.Behave(harness.Behavior{})
+			must(t, rightOnDisk(n))
+			if again := n.Pull(ctx, w.ns, img.Ref); again != nil {
+				t.Errorf("round %d, in which the pull ended with %v: %v", round, err, again)
+			}
+			whole(ctx, t, w.ns, img, n)
+			must(t, n.Remove(ctx, w.ns, img.Ref))
+		}
+	}, harness.V2)
+}
+
+// cutPower takes an ext4 file system down without writing its journal or
+// anything else (EXT4_IOC_SHUTDOWN with EXT4_GOING_FLAGS_NOLOGFLUSH).
+func cutPower(dir string) error {
+	const shutdown, noFlush = 0x8004587d, 2
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close() //nolint:errcheck // opened for reading
+	return unix.IoctlSetPointerInt(int(f.Fd()), shutdown, noFlush)
+}
+
+// rightOnDisk fails unless every blob in a node's store has the digest that its
+// name says.
+func rightOnDisk(n *harness.Node) error {
+	files, err := filepath.Glob(filepath.Join(n.ContentDir(), "blobs", "sha256", "*"))
+	if err != nil {
+		return err
+	}
+	blobs := map[string]int64{}
+	for _, f := range files {
+		info, err := os.Stat(f)
+		if err != nil {
+			return err
+		}
+		blobs["sha256:"+filepath.Base(f)] = info.Size()
+	}
+	return n.Rehash(blobs)
+}

@@ -1,0 +1,178 @@
+package integration
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/imagewolf/imagewolf/integration/harness"
+)
+
+// faults are all of them, in the order in which they happen.
+var faults = []fault{
+	{name: "fetcher's imagewolf killed", act: func(_ context.Context, r *faultRun) {
+		r.lose(r.fetcher)
+		r.fetcher.Wolf.Kill()
+	}},
+	{name: "fetcher's containerd killed", act: func(_ context.Context, r *faultRun) {
+		r.lose(r.fetcher)
+		r.fetcher.Kill()
+	}},
+	{name: "fetcher's NIC down", layers: []int64{32, 32}, act: func(_ context.Context, r *faultRun) { r.cut(r.fetcher) }},
+	{name: "fetcher's registry connection stalls", act: func(_ context.Context, r *faultRun) {
+		r.lose(r.fetcher) // its client reads from that connection, as it would without us
+		registry.Behave(harness.Behavior{Rate: faultRate, StallAfter: 1, Node: r.fetcher.Name, Digest: r.layer})
+	}},
+	{name: "tracker killed", layers: []int64{32}, act: func(_ context.Context, r *faultRun) {
+		n := r.tracker()
+		r.lose(n)
+		n.Wolf.Kill()
+	}},
+	{name: "tracker partitioned", layers: []int64{32}, act: func(_ context.Context, r *faultRun) { r.cut(r.tracker()) }},
+	{name: "a leecher killed", act: func(_ context.Context, r *faultRun) {
+		n := r.leechers()[0]
+		r.lose(n)
+		n.Wolf.Kill()
+	}},
+	{name: "a third of the nodes killed", act: func(_ context.Context, r *faultRun) {
+		for _, n := range r.leechers()[:2] {
+			r.lose(n)
+			n.Wolf.Kill()
+		}
+	}},
+	{
+		// Until the tracker on the other side is found dead, a half may ask anew.
+		name: "cluster split in halves", copies: 3, extra: 10 * time.Second,
+		act: func(ctx context.Context, r *faultRun) {
+			halves := [][]*harness.Node{r.Nodes[:faultNodes/2], r.Nodes[faultNodes/2:]}
+			for i, half := range halves {
+				for _, n := range half {
+					m := r.machine(n)
+					must(r.T, m.Drop(ctx, 100, r.addresses(halves[1-i])...))
+					r.mend(func() error { return m.Drop(ctx, 0) })
+				}
+			}
+		},
+		after: healed,
+	},
+	{
+		name: "all daemons restarted one after the other", layers: []int64{32}, extra: 20 * time.Second, copies: 2,
+		act: func(ctx context.Context, r *faultRun) {
+			r.retry = true
+			for _, n := range r.Nodes {
+				must(r.T, n.Wolf.Stop())
+				must(r.T, n.Wolf.Start(ctx))
+			}
+		},
+	},
+	{name: "registry answers 429 at first", before: func(_ context.Context, r *faultRun) {
+		r.retry = true
+		registry.Behave(harness.Behavior{Rate: faultRate, Status: 429, RetryAfter: 1, Digest: r.layer, Times: 1})
+	}},
+	{name: "registry answers 500 at first", before: func(_ context.Context, r *faultRun) {
+		r.retry = true
+		registry.Behave(harness.Behavior{Rate: faultRate, Status: 500, Digest: r.layer, Times: 1})
+	}},
+	{name: "registry resets the connection", before: func(_ context.Context, r *faultRun) {
+		r.retry = true
+		at := rand.Int64N(r.img.Blobs[r.layer])
+		r.say("at byte %d", at)
+		registry.Behave(harness.Behavior{Rate: faultRate, CutAfter: 1 + at, Digest: r.layer, Times: 1})
+	}},
+	{
+		name: "registry without ranges, fetcher killed", copies: 1.6,
+		before: func(context.Context, *faultRun) {
+			registry.Behave(harness.Behavior{Rate: faultRate, NoRange: true})
+		},
+		act: func(_ context.Context, r *faultRun) {
+			r.lose(r.fetcher)
+			r.fetcher.Kill()
+		},
+	},
+	{
+		// Once wrong, once right, and once more for the node that vouched for the
+		// wrong ones, which is shut out.
+		name: "registry sends wrong bytes once", copies: 2.1,
+		before: func(_ context.Context, r *faultRun) {
+			r.retry = true
+			registry.Behave(harness.Behavior{Rate: faultRate, Corrupt: true, Digest: r.layer, Times: 1})
+		},
+	},
+	{
+		// A tracker that does not answer within decide_timeout is not waited for.
+		name: "a tenth of all packets lost", extra: 30 * time.Second, copies: 3,
+		before: func(ctx context.Context, r *faultRun) {
+			for _, m := range r.machines {
+				must(r.T, m.Drop(ctx, 10))
+				r.mend(func() error { return m.Drop(ctx, 0) })
+			}
+		},
+	},
+	{name: "a node of 1 Mbit/s", before: func(_ context.Context, r *faultRun) {
+		slow := r.Nodes[rand.IntN(faultNodes)]
+		r.say("%s", slow.Name)
+		r.lose(slow)
+		must(r.T, r.machine(slow).SetRate(1_000_000))
+		r.mend(func() error { return r.machine(slow).SetRate(0) })
+	}},
+}
+
+// cut takes a node off the network until all is mended.
+func (r *faultRun) cut(n *harness.Node) {
+	r.lose(n)
+	m := r.machine(n)
+	must(r.T, m.Cut())
+	r.mend(m.Mend)
+}
+
+// tracker returns the node that tracks the first layer.
+func (r *faultRun) tracker() *harness.Node {
+	n := trackerOf(r.layer, r.Nodes)
+	r.say("tracker %s, fetcher %s", n.Name, r.fetcher.Name)
+	return n
+}
+
+// trackerOf returns the node that tracks a blob: the first in an order that every
+// node computes from the members' names (cluster.Trackers).
+func trackerOf(digest string, nodes []*harness.Node) *harness.Node {
+	weight := func(n *harness.Node) []byte {
+		sum := sha256.Sum256([]byte(n.Name + "\x00" + digest))
+		return sum[:8]
+	}
+	return slices.MaxFunc(nodes, func(a, b *harness.Node) int { return bytes.Compare(weight(a), weight(b)) })
+}
+
+// leechers returns the nodes that fetch nothing from the registry.
+func (r *faultRun) leechers() []*harness.Node {
+	var out []*harness.Node
+	for _, n := range r.Nodes {
+		fetches := slices.ContainsFunc(registry.Requests(nil), func(q harness.Request) bool {
+			return q.Node == n.Name && q.Digest != "" && r.img.Blobs[q.Digest] > mib && !q.Done
+		})
+		if !fetches {
+			out = append(out, n)
+		}
+	}
+	if len(out) < 2 {
+		r.Fatalf("%d nodes do not fetch", len(out))
+	}
+	return out
+}
+
+// healed checks that the nodes of two halves share again.
+func healed(ctx context.Context, r *faultRun) {
+	began := time.Now()
+	must(r.T, r.Settle(ctx))
+	r.say("together again after %.1f s", time.Since(began).Seconds())
+	img := image(ctx, r.T, 8)
+	registry.Reset()
+	_, err := r.PullAll(ctx, r.ns, img.Ref)
+	must(r.T, err)
+	if got := registry.Bytes(""); got > img.Bytes()+64<<10 {
+		r.Errorf("healed, and the registry sent %d bytes for an image of %d", got, img.Bytes())
+	}
+	whole(ctx, r.T, r.ns, img, r.Nodes...)
+}

@@ -1,0 +1,302 @@
+package integration
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/imagewolf/imagewolf/integration/harness"
+)
+
+const (
+	faultNodes = 6
+	// faultRate is how fast the registry sends, in bytes per second: slowly enough
+	// for something to fail in mid-pull.
+	faultRate = 8 * mib
+	// usualExtra is how much longer a pull may take for a fault: three seconds
+	// and the stall timeout.
+	usualExtra = 3*time.Second + 2*time.Second
+	// usualCopies may leave the registry at most.
+	usualCopies = 1.2
+)
+
+// fault is something that goes wrong while six nodes pull a new image.
+type fault struct {
+	name string
+	// slow ones are left to `make faults`.
+	slow bool
+	// layers of the image in MiB; nil: two of 16.
+	layers []int64
+	// rate of the registry; 0: faultRate.
+	rate int64
+	// before is called before the pulls begin; may be nil.
+	before func(ctx context.Context, r *faultRun)
+	// act lets it happen, when the registry has sent 5 MiB of the first layer;
+	// may be nil.
+	act func(ctx context.Context, r *faultRun)
+	// extra is how much longer the last node may take than without the fault; 0:
+	// usualExtra.
+	extra time.Duration
+	// copies may leave the registry at most; 0: usualCopies.
+	copies float64
+	// after has more to check, when all is mended; may be nil.
+	after func(ctx context.Context, r *faultRun)
+}
+
+// faultRun is a fault under way.
+type faultRun struct {
+	*testing.T
+	*faultSite
+	ns      string
+	img     *harness.Image
+	layer   string        // the first layer's digest
+	fetcher *harness.Node // of that layer
+	lost    []*harness.Node
+	retry   bool // a pull may fail once
+	undo    []func() error
+	note    []string
+}
+
+// lose says that nothing is expected of a node until all is mended.
+func (r *faultRun) lose(nodes ...*harness.Node) { r.lost = append(r.lost, nodes...) }
+
+// mend has f called when the nodes that are not lost have the image.
+func (r *faultRun) mend(f func() error) { r.undo = append(r.undo, f) }
+
+// say adds to the report.
+func (r *faultRun) say(format string, args ...any) {
+	r.note = append(r.note, fmt.Sprintf(format, args...))
+}
+
+// faultSite is six nodes and a registry, each a machine of its own.
+type faultSite struct {
+	*harness.Cluster
+	machines []*harness.Machine
+	without  map[string]time.Duration // seconds of a pull without a fault, by image
+}
+
+// faultRecord is one line of the report.
+type faultRecord struct {
+	Fault          string  `json:"fault"`
+	OK             bool    `json:"ok"`
+	Seconds        float64 `json:"seconds"`
+	SecondsWithout float64 `json:"seconds_without"`
+	RegistryCopies float64 `json:"registry_copies"`
+	Note           string  `json:"note"`
+}
+
+// machine returns the machine of a node.
+func (s *faultSite) machine(n *harness.Node) *harness.Machine {
+	return s.machines[slices.Index(s.Nodes, n)]
+}
+
+// addresses returns the nodes' addresses.
+func (s *faultSite) addresses(nodes []*harness.Node) []string {
+	var out []string
+	for _, n := range nodes {
+		out = append(out, s.machine(n).IP)
+	}
+	return out
+}
+
+// newFaultSite builds the network and starts the nodes in it.
+func newFaultSite(t *testing.T) *faultSite {
+	t.Helper()
+	network := harness.NewNetwork()
+	t.Cleanup(network.Close)
+	sw, err := network.Switch()
+	must(t, err)
+	reg, err := sw.Machine(0)
+	must(t, err)
+	l, err := reg.Listen("5000")
+	must(t, err)
+	stop := registry.ServeAlso(l)
+	t.Cleanup(func() {
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	s := &faultSite{without: map[string]time.Duration{}}
+	for range faultNodes {
+		m, err := sw.Machine(0)
+		must(t, err)
+		s.machines = append(s.machines, m)
+	}
+	s.Cluster, err = harness.NewCluster(t.Context(), env, harness.ClusterOptions{
+		Name: "fn", Nodes: faultNodes, Version: harness.V2, Machines: s.machines,
+		Hosts: map[string]string{registry.Host: "http://" + reg.IP + ":5000"},
+	})
+	if s.Cluster != nil {
+		t.Cleanup(func() {
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	must(t, err)
+	return s
+}
+
+// report is what FAULTS_JSON gets.
+var report []*faultRecord
+
+// record adds a line to the report, which is right unless the test fails.
+func record(t *testing.T, r faultRecord) *faultRecord {
+	t.Helper()
+	report = append(report, &r)
+	t.Cleanup(func() { r.OK = !t.Failed() })
+	return &r
+}
+
+// writeReport writes the report to a file; "" for none.
+func writeReport(file string) error {
+	if file == "" {
+		return nil
+	}
+	data, err := json.MarshalIndent(report, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, append(data, '\n'), 0o644)
+}
+
+// TestFaults: whatever fails while six nodes pull an image, the pull ends well
+// and soon, and the registry sends little more than one copy. FAULTS=all has the
+// slow ones, too.
+func TestFaults(t *testing.T) {
+	s := newFaultSite(t)
+	for _, f := range faults {
+		if !f.slow || os.Getenv("FAULTS") == "all" {
+			t.Run(f.name, func(t *testing.T) { s.run(t, f) })
+		}
+	}
+}
+
+// run lets a fault happen and checks what comes of it.
+func (s *faultSite) run(t *testing.T, f fault) {
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 3*time.Minute, errors.New("the fault is not got over"))
+	defer cancel()
+	registry.Behave(harness.Behavior{})
+	must(t, s.Heal(ctx))
+	without := s.baseline(ctx, t, f)
+	r := &faultRun{T: t, faultSite: s, ns: "faults", img: image(ctx, t, f.sizes()...)}
+	r.layer = r.img.Layer(0)
+	t.Cleanup(func() {
+		registry.Behave(harness.Behavior{})
+		if t.Failed() {
+			for _, q := range registry.Requests(nil) {
+				t.Log(q)
+			}
+			t.Log(s.Logs())
+		}
+	})
+	registry.Reset()
+	registry.Behave(harness.Behavior{Rate: f.speed()})
+	if f.before != nil {
+		f.before(ctx, r)
+	}
+	began := time.Now()
+	pulls := pull(ctx, r.ns, r.img.Ref, s.Nodes...)
+	if f.act != nil {
+		r.fetcher = (&world{Cluster: s.Cluster}).nodeOf(t, reached(ctx, t, r.layer, 5*mib))
+		f.act(ctx, r)
+	}
+	for _, p := range pulls {
+		if slices.Contains(r.lost, p.node) {
+			continue
+		}
+		err := <-p.done
+		if err != nil && r.retry {
+			r.say("%s tried again", p.node.Name)
+			err = p.node.Pull(ctx, r.ns, r.img.Ref)
+		}
+		if err != nil {
+			t.Errorf("pull on %s: %v", p.node.Name, err)
+		}
+	}
+	took := time.Since(began)
+	copies := float64(registry.Bytes("")) / float64(r.img.Bytes())
+	line := record(t, faultRecord{
+		Fault: f.name, Seconds: took.Seconds(), SecondsWithout: without.Seconds(), RegistryCopies: copies,
+	})
+	r.judge(f, took, without, copies)
+	s.recover(ctx, r, pulls)
+	if f.after != nil {
+		f.after(ctx, r)
+	}
+	line.Note = strings.Join(r.note, "; ")
+	t.Logf("%.1f s (%.1f s without), registry copies %.3f; %s", took.Seconds(), without.Seconds(), copies, line.Note)
+}
+
+// judge holds the figures against the bounds.
+func (r *faultRun) judge(f fault, took, without time.Duration, copies float64) {
+	extra, most := f.extra, f.copies
+	if extra == 0 {
+		extra = usualExtra
+	}
+	if most == 0 {
+		most = usualCopies
+	}
+	if took > without+extra {
+		r.Errorf("took %.1f s, %.1f s without the fault: more than %s longer", took.Seconds(), without.Seconds(), extra)
+	}
+	if copies > most {
+		r.Errorf("the registry sent %.3f copies, more than %.2f", copies, most)
+	}
+}
+
+// recover mends everything, and then all nodes must have the image, those that
+// were lost as well.
+func (s *faultSite) recover(ctx context.Context, r *faultRun, pulls []*pulling) {
+	for _, undo := range r.undo {
+		must(r.T, undo())
+	}
+	registry.Behave(harness.Behavior{})
+	must(r.T, s.Heal(ctx))
+	for _, p := range pulls {
+		if !slices.Contains(r.lost, p.node) {
+			continue
+		}
+		if err := <-p.done; err != nil {
+			if err := p.node.Pull(ctx, r.ns, r.img.Ref); err != nil {
+				r.Errorf("pull on %s, after all: %v", p.node.Name, err)
+			}
+		}
+	}
+	whole(ctx, r.T, r.ns, r.img, s.Nodes...)
+}
+
+func (f *fault) sizes() []int64 {
+	if f.layers == nil {
+		return []int64{16, 16}
+	}
+	return f.layers
+}
+
+func (f *fault) speed() int64 {
+	if f.rate == 0 {
+		return faultRate
+	}
+	return f.rate
+}
+
+// baseline is how long the same pull takes when nothing fails.
+func (s *faultSite) baseline(ctx context.Context, t *testing.T, f fault) time.Duration {
+	t.Helper()
+	shape := fmt.Sprint(f.sizes(), f.speed())
+	if took, ok := s.without[shape]; ok {
+		return took
+	}
+	img := image(ctx, t, f.sizes()...)
+	registry.Behave(harness.Behavior{Rate: f.speed()})
+	took, err := s.PullAll(ctx, "faults", img.Ref)
+	must(t, err)
+	s.without[shape] = slices.Max(took)
+	return s.without[shape]
+}

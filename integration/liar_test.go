@@ -1,0 +1,367 @@
+package integration
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc"
+
+	api "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/cluster"
+	"github.com/imagewolf/imagewolf/integration/harness"
+	"github.com/imagewolf/imagewolf/swarm"
+)
+
+// liar is a node that has the cluster's key and means no good. It speaks the
+// cluster's protocols by the product's own packages, and says with them what the
+// test wants.
+type liar struct {
+	*testing.T
+	name  string
+	id    *cluster.Identity
+	addr  string // of its data port
+	swarm *swarm.Swarm
+}
+
+// newLiar starts one that ends with the test.
+func newLiar(t *testing.T, w *world) *liar {
+	t.Helper()
+	quiet := slog.New(slog.DiscardHandler)
+	l := &liar{T: t, name: "liar"}
+	var err error
+	l.id, err = cluster.LoadIdentity(cluster.IdentityOptions{ClusterKey: w.Key, NodeName: l.name, Log: quiet})
+	must(t, err)
+	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	must(t, err)
+	l.addr = listener.Addr().String()
+	port := cluster.NewDataPort(listener, l.id, quiet)
+	l.swarm = swarm.New(swarm.Options{
+		ClusterID: l.id.ClusterID(), Listener: port.BitTorrent(), Log: quiet,
+		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+			return l.id.Dial(ctx, addr, cluster.ProtoBitTorrent)
+		},
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	for _, run := range []func(context.Context) error{port.Run, l.swarm.Run} {
+		running.Go(func() {
+			if err := run(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Cleanup(func() {
+		cancel()
+		running.Wait()
+	})
+	return l
+}
+
+// dial returns a client of a node's tracker.
+func (l *liar) dial(n *harness.Node) api.TrackerClient {
+	l.Helper()
+	conn, err := grpc.NewClient("passthrough:///"+n.Wolf.Data, l.id.GRPCDialOptions()...)
+	must(l.T, err)
+	l.Cleanup(func() { _ = conn.Close() }) // closed once, here
+	return api.NewTrackerClient(conn)
+}
+
+// join makes the liar a member at a tracker. What it is told goes to told, which
+// may be nil.
+func (l *liar) join(n *harness.Node, hello *api.Hello, told func(*api.TrackerMessage)) api.Tracker_JoinClient {
+	l.Helper()
+	hello.Self = &api.Peer{Name: l.name, Address: l.addr}
+	stream, err := l.dial(n).Join(l.Context())
+	must(l.T, err)
+	must(l.T, stream.Send(&api.MemberMessage{Message: &api.MemberMessage_Hello{Hello: hello}}))
+	first, err := stream.Recv()
+	must(l.T, err)
+	go func() { // ends with the test's context
+		for msg := first; err == nil; msg, err = stream.Recv() {
+			if told != nil {
+				told(msg)
+			}
+		}
+	}()
+	return stream
+}
+
+// seed joins a blob's swarm as one that has all of it: data, by the piece hashes
+// of other bytes if those are given.
+func (l *liar) seed(n *harness.Node, d digest.Digest, data swarm.Data, size int64, hashed []byte) {
+	l.Helper()
+	hashes := data
+	if hashed != nil {
+		hashes = &lie{bytes: hashed}
+	}
+	announced := l.offer(d, size, hashes)
+	blob, err := l.swarm.Open(d, size, data)
+	must(l.T, err)
+	l.Cleanup(func() { _ = blob.Close() }) // the swarm ends with the test as well
+	for _, a := range announced {
+		_, err := blob.Offer(l.Context(), int(a.GetSegment()), a.GetPieces())
+		must(l.T, err)
+	}
+	l.join(n, &api.Hello{
+		Digest: d.String(), Size: size, Announced: announced,
+		Status: &api.Status{Prefix: size, Present: size, Whole: true},
+	}, nil)
+}
+
+// offer returns what a node with these bytes announces.
+func (l *liar) offer(d digest.Digest, size int64, data swarm.Data) []*api.Announce {
+	l.Helper()
+	blob, err := l.swarm.Open(d, size, data)
+	must(l.T, err)
+	var out []*api.Announce
+	for i := range swarm.LayoutOf(size).Segments() {
+		pieces, err := blob.Offer(l.Context(), i, nil)
+		must(l.T, err)
+		out = append(out, &api.Announce{Segment: uint32(i), Pieces: pieces})
+	}
+	must(l.T, blob.Close())
+	return out
+}
+
+// lie is bytes that are all there, as it says.
+type lie struct {
+	bytes []byte
+	// after so many bytes it answers no more, until until is closed; 0: never.
+	after int64
+	until chan struct{}
+
+	mu   sync.Mutex
+	sent int64 // guarded by mu
+}
+
+func (d *lie) ReadAt(p []byte, off int64) (int, error) {
+	d.mu.Lock()
+	d.sent += int64(len(p))
+	stall := d.after > 0 && d.sent > d.after
+	d.mu.Unlock()
+	if stall {
+		<-d.until
+		return 0, io.ErrClosedPipe
+	}
+	return bytes.NewReader(d.bytes).ReadAt(p, off)
+}
+
+func (d *lie) WriteAt([]byte, int64) (int, error) { return 0, io.ErrClosedPipe }
+func (d *lie) MarkPresent(int64, int64) error     { return nil }
+func (d *lie) Present(int64, int64) bool          { return true }
+
+// blob returns the bytes of a layer.
+func blob(ctx context.Context, t *testing.T, img *harness.Image, d string) []byte {
+	t.Helper()
+	repo, _, _ := strings.Cut(strings.TrimPrefix(img.Ref, registry.Host+"/"), ":")
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+registry.Host+"/v2/"+repo+"/blobs/"+d, nil)
+	must(t, err)
+	resp, err := http.DefaultClient.Do(req)
+	must(t, err)
+	defer resp.Body.Close() //nolint:errcheck // only read from
+	data, err := io.ReadAll(resp.Body)
+	must(t, err)
+	return data
+}
+
+// lies are what a member can do to the others. Each is told before three nodes
+// pull an image of one layer.
+var lies = []struct {
+	name string
+	// tell tells it; right is the layer's bytes.
+	tell func(l *liar, n *harness.Node, d digest.Digest, right []byte)
+	// within is how many seconds the pulls may take.
+	within float64
+	// copies may leave the registry.
+	copies float64
+	// log is what some node must have said about the liar; "" for nothing.
+	log string
+}{
+	{
+		name: "wrong bytes by right hashes", within: 8, copies: 1.05, log: "peer banned from blob",
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			l.seed(n, d, &lie{bytes: make([]byte, len(right))}, int64(len(right)), right)
+		},
+	},
+	{
+		name: "another blob by its own hashes", within: 8, copies: 1.05, log: "member shut out of blob",
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			wrong := bytes.Clone(right)
+			for i := range wrong {
+				wrong[i]++
+			}
+			l.seed(n, d, &lie{bytes: wrong}, int64(len(right)), nil)
+		},
+	},
+	{
+		name: "one wrong byte at the end", within: 8, copies: 2.05, log: "member shut out of blob",
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			wrong := bytes.Clone(right)
+			wrong[len(wrong)-1]++
+			l.seed(n, d, &lie{bytes: wrong}, int64(len(right)), nil)
+		},
+	},
+	{
+		name: "a seeder that stalls after a block", within: 10, copies: 1.05,
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			stalled := &lie{bytes: right, after: 64 << 10, until: make(chan struct{})}
+			l.Cleanup(func() { close(stalled.until) })
+			l.seed(n, d, stalled, int64(len(right)), right)
+		},
+	},
+	{
+		name: "a seeder that is not there", within: 10, copies: 1.05,
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			announced := l.offer(d, int64(len(right)), &lie{bytes: right})
+			l.addr = "127.0.0.1:1" // where nobody listens
+			l.join(n, &api.Hello{
+				Digest: d.String(), Size: int64(len(right)), Announced: announced,
+				Status: &api.Status{Prefix: int64(len(right)), Present: int64(len(right)), Whole: true},
+			}, nil)
+		},
+	},
+	{
+		name: "a promise to be seeder", within: 10, copies: 1.05,
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			stream, err := l.dial(n).Register(l.Context())
+			must(l.T, err)
+			must(l.T, stream.Send(&api.RegisterMessage{
+				Self:  &api.Peer{Name: l.name, Address: l.addr},
+				Added: []*api.Held{{Digest: d.String(), Size: int64(len(right))}},
+			}))
+		},
+	},
+	{
+		name: "a fetcher that never moves", within: 10, copies: 1.05,
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			hello := &api.Hello{Digest: d.String(), Size: int64(len(right)), Status: &api.Status{CanFetch: true}}
+			l.join(n, hello, nil)
+		},
+	},
+	{
+		name: "ten thousand false segments", within: 8, copies: 1.05,
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			stream := l.join(n, &api.Hello{Digest: d.String(), Size: int64(len(right)), Status: &api.Status{}}, nil)
+			for i := range 10_000 {
+				a := &api.Announce{Segment: uint32(i), Pieces: make([]byte, 20*(i%64))}
+				if stream.Send(&api.MemberMessage{Message: &api.MemberMessage_Announce{Announce: a}}) != nil {
+					return // refused, which is well
+				}
+			}
+		},
+	},
+	{
+		name: "a flood of joins", within: 8, copies: 1.05,
+		tell: func(l *liar, n *harness.Node, _ digest.Digest, _ []byte) {
+			client := l.dial(n)
+			for i := range 3000 {
+				stream, err := client.Join(l.Context())
+				if err != nil {
+					return
+				}
+				hello := &api.Hello{
+					Digest: digest.FromString(fmt.Sprint(i)).String(), Size: 1 << 30, Status: &api.Status{CanFetch: true},
+					Self: &api.Peer{Name: l.name, Address: l.addr},
+				}
+				if stream.Send(&api.MemberMessage{Message: &api.MemberMessage_Hello{Hello: hello}}) != nil {
+					return
+				}
+			}
+		},
+	},
+	{
+		name: "huge messages", within: 8, copies: 1.05,
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			for range 20 {
+				stream := l.join(n, &api.Hello{Digest: d.String(), Size: int64(len(right)), Status: &api.Status{}}, nil)
+				a := &api.Announce{Pieces: make([]byte, 3<<20)}
+				_ = stream.Send(&api.MemberMessage{Message: &api.MemberMessage_Announce{Announce: a}}) // refused sooner or later
+			}
+		},
+	},
+	{
+		name: "connections that say nothing", within: 8, copies: 1.05,
+		tell: func(l *liar, n *harness.Node, _ digest.Digest, _ []byte) {
+			for range 1000 {
+				conn, err := (&net.Dialer{}).DialContext(l.Context(), "tcp", n.Wolf.Data)
+				if err != nil {
+					return
+				}
+				l.Cleanup(func() { _ = conn.Close() }) // perhaps by the other side already
+			}
+		},
+	},
+}
+
+// TestLiars: whatever a member says or does, the others get the right image, and
+// soon.
+func TestLiars(t *testing.T) {
+	for _, c := range lies {
+		t.Run(c.name, func(t *testing.T) {
+			each(t, func(ctx context.Context, t *testing.T, w *world) {
+				w.ns = "liars"
+				img := image(ctx, t, 12)
+				layer := img.Layer(0)
+				right := blob(ctx, t, img, layer)
+				registry.Reset()
+				at := trackerOf(layer, w.Nodes)
+				before := memory(t, at)
+				c.tell(newLiar(t, w), at, digest.Digest(layer), right)
+				nodes := w.Nodes[:3]
+				took, err := harness.PullOn(ctx, nodes, w.ns, img.Ref)
+				must(t, err)
+				whole(ctx, t, w.ns, img, nodes...)
+				last, copies := max(took[0], took[1], took[2]).Seconds(), float64(registry.Bytes(""))/float64(img.Bytes())
+				record(t, faultRecord{Fault: "liar: " + c.name, Seconds: last, RegistryCopies: copies})
+				t.Logf("%.1f s, registry copies %.3f, the tracker's memory grew by %d MiB", last, copies, (memory(t, at)-before)>>20)
+				if last > c.within {
+					t.Errorf("took %.1f s, more than %.0f", last, c.within)
+				}
+				if copies > c.copies {
+					t.Errorf("the registry sent %.3f copies, more than %.2f", copies, c.copies)
+				}
+				if grown := memory(t, at) - before; grown > 128*mib {
+					t.Errorf("the tracker's memory grew by %d MiB", grown>>20)
+				}
+				if c.log != "" && !said(w.Nodes, c.log) {
+					t.Errorf("nobody said %q about the liar", c.log)
+				}
+			}, harness.V2)
+		})
+	}
+}
+
+// memory is what a node's daemon has resident, in bytes.
+func memory(t *testing.T, n *harness.Node) int64 {
+	t.Helper()
+	rss, err := n.Wolf.Process().RSS()
+	must(t, err)
+	return rss
+}
+
+// said reports whether some daemon's log has a line with the words and the liar
+// in it.
+func said(nodes []*harness.Node, words string) bool {
+	for _, n := range nodes {
+		data, err := os.ReadFile(n.Wolf.Log())
+		if err != nil {
+			return false
+		}
+		for line := range strings.Lines(string(data)) {
+			if strings.Contains(line, words) && (strings.Contains(line, "liar") || strings.Contains(line, "127.0.0.1:")) {
+				return true
+			}
+		}
+	}
+	return false
+}

@@ -1,0 +1,153 @@
+package integration
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/imagewolf/imagewolf/integration/harness"
+)
+
+// soak is six nodes that do at random what nodes do.
+type soak struct {
+	*faultSite
+	ns     string
+	images []*harness.Image
+	locks  []sync.Mutex // one per node: who has it may change it
+
+	pulls, failed, restarts, cuts atomic.Int64
+}
+
+// TestSoak: nodes pull, remove, restart and lose their network at random, for as
+// long as SOAK says (a minute; half an hour with FAULTS=all). In the end every
+// image is right on every node, and no daemon has grown.
+func TestSoak(t *testing.T) {
+	length, err := time.ParseDuration(cmp.Or(os.Getenv("SOAK"), map[bool]string{true: "30m", false: "1m"}[os.Getenv("FAULTS") == "all"]))
+	must(t, err)
+	ctx, cancel := context.WithTimeoutCause(t.Context(), length+4*time.Minute, errors.New("the soak does not end"))
+	defer cancel()
+	registry.Behave(harness.Behavior{})
+	s := &soak{faultSite: newFaultSite(t), ns: "soak"}
+	s.locks = make([]sync.Mutex, len(s.Nodes))
+	for range 6 {
+		s.images = append(s.images, image(ctx, t, 1, 4, 8))
+	}
+	s.finish(ctx, t)
+	before := s.sizes(t)
+	registry.Behave(harness.Behavior{Rate: 32 * mib})
+	end := time.Now().Add(length)
+	g, gctx := errgroup.WithContext(ctx)
+	for range 4 {
+		g.Go(func() error {
+			for time.Now().Before(end) {
+				if err := s.step(gctx); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatalf("%v\n%s", err, s.Logs())
+	}
+	registry.Behave(harness.Behavior{})
+	must(t, s.Heal(ctx))
+	s.finish(ctx, t)
+	note := fmt.Sprintf("%d pulls, %d of them tried again, %d restarts, %d cuts", s.pulls.Load(), s.failed.Load(), s.restarts.Load(), s.cuts.Load())
+	record(t, faultRecord{Fault: "soak", Seconds: length.Seconds(), Note: note})
+	t.Log(note)
+	for i, now := range s.sizes(t) {
+		t.Logf("%s: before %+v, after %+v", s.Nodes[i].Name, before[i], now)
+		if now.files > before[i].files+64 || now.threads > before[i].threads+32 || now.rss > before[i].rss+96*mib {
+			t.Errorf("%s has grown", s.Nodes[i].Name)
+		}
+	}
+}
+
+// finish has every node pull every image, and checks them.
+func (s *soak) finish(ctx context.Context, t *testing.T) {
+	t.Helper()
+	for _, img := range s.images {
+		if _, err := s.PullAll(ctx, s.ns, img.Ref); err != nil {
+			t.Fatalf("%v\n%s", err, s.Logs())
+		}
+		whole(ctx, t, s.ns, img, s.Nodes...)
+	}
+}
+
+// step does one thing on one node.
+func (s *soak) step(ctx context.Context) error {
+	i := rand.IntN(len(s.Nodes))
+	n, img := s.Nodes[i], s.images[rand.IntN(len(s.images))]
+	s.locks[i].Lock()
+	defer s.locks[i].Unlock()
+	switch k := rand.IntN(20); {
+	case k < 1:
+		s.restarts.Add(1)
+		return errors.Join(n.Wolf.Stop(), n.Wolf.Start(ctx))
+	case k < 2:
+		s.restarts.Add(1)
+		n.Wolf.Kill()
+		return n.Wolf.Start(ctx)
+	case k < 3:
+		s.restarts.Add(1)
+		return n.Restart(ctx, n.Default())
+	case k < 4:
+		s.cuts.Add(1)
+		m := s.machine(n)
+		if err := m.Cut(); err != nil {
+			return err
+		}
+		time.Sleep(time.Duration(rand.IntN(3000)) * time.Millisecond)
+		return m.Mend()
+	case k < 10:
+		_ = n.Remove(ctx, s.ns, img.Ref) //nolint:errcheck // it may not be there
+		return nil
+	}
+	s.pulls.Add(1)
+	var err error
+	for try := range 4 {
+		if err = n.Pull(ctx, s.ns, img.Ref); err == nil {
+			return nil
+		}
+		if try == 0 {
+			s.failed.Add(1)
+		}
+		time.Sleep(time.Second)
+	}
+	return fmt.Errorf("pull on %s: %w", n.Name, err)
+}
+
+// size is what a daemon holds.
+type size struct {
+	files, threads int
+	rss, staged    int64
+}
+
+// sizes waits until the daemons rest, and measures them.
+func (s *soak) sizes(t *testing.T) []size {
+	t.Helper()
+	time.Sleep(10 * time.Second)
+	var out []size
+	for _, n := range s.Nodes {
+		proc := fmt.Sprintf("/proc/%d/", n.Wolf.Process().Pid())
+		files, err := filepath.Glob(proc + "fd/*")
+		must(t, err)
+		threads, err := filepath.Glob(proc + "task/*")
+		must(t, err)
+		staged, err := filepath.Glob(filepath.Join(n.ContentDir(), "imagewolf", "staging", "*"))
+		must(t, err)
+		out = append(out, size{len(files), len(threads), memory(t, n), int64(len(staged))})
+	}
+	return out
+}
