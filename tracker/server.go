@@ -28,6 +28,9 @@ const (
 	queueSlack = 1024
 	// maxHeld bounds the blobs that one node may register at one tracker.
 	maxHeld = 1 << 20
+	// maxMemberships bounds the blobs that one node is a member of here. A node
+	// exchanges a few dozen at a time, spread over all trackers.
+	maxMemberships = 2048
 	// maxBlobs bounds the blobs that have members or seeders here.
 	maxBlobs = 1 << 22
 )
@@ -62,9 +65,10 @@ type Server struct {
 	timers  timers
 
 	// Lock order: a blob's mu, then mu.
-	mu    sync.Mutex
-	done  bool                    // closed is closed; guarded by mu
-	blobs map[digest.Digest]*blob // guarded by mu
+	mu     sync.Mutex
+	done   bool                    // closed is closed; guarded by mu
+	blobs  map[digest.Digest]*blob // guarded by mu
+	joined map[string]int          // guarded by mu: streams by their member's name
 }
 
 // NewServer returns a server that answers as soon as it is registered with a
@@ -76,6 +80,7 @@ func NewServer(o ServerOptions) *Server {
 		closed: make(chan struct{}),
 		timers: timers{changed: make(chan struct{}, 1)},
 		blobs:  map[digest.Digest]*blob{},
+		joined: map[string]int{},
 	}
 }
 

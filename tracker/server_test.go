@@ -371,3 +371,29 @@ func TestServerEndsItsStreams(t *testing.T) {
 		}
 	})
 }
+
+// TestOneMemberCannotJoinEverything: a node that joins blob after blob is
+// refused in the end, and let in again when it has left some.
+func TestOneMemberCannotJoinEverything(t *testing.T) {
+	s := NewServer(ServerOptions{Layout: testLayout})
+	var streams []*joinStream
+	for range maxMemberships {
+		st := &joinStream{name: "a"}
+		if !s.count(st) {
+			t.Fatalf("refused after %d", len(streams))
+		}
+		streams = append(streams, st)
+	}
+	late := &joinStream{name: "a"}
+	if s.count(late) {
+		t.Error("one more was let in")
+	}
+	s.uncount(late)
+	if !s.count(&joinStream{name: "b"}) {
+		t.Error("another node was refused")
+	}
+	s.uncount(streams[0])
+	if !s.count(late) {
+		t.Error("refused although one has left")
+	}
+}

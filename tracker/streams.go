@@ -76,6 +76,9 @@ type joinStream struct {
 	name string
 	blob *blob
 	out  *outbox[*api.TrackerMessage]
+	// counted says that the stream is one of its member's; the receiving
+	// goroutine's.
+	counted bool
 }
 
 // Join serves one member of one blob for as long as its stream lives.
@@ -92,6 +95,7 @@ func (v service) Join(stream api.Tracker_JoinServer) error {
 				return err
 			}
 			late.Stop()
+			defer v.s.uncount(st)
 			if err := v.s.join(ctx, st, msg.GetHello()); err != nil {
 				return err
 			}
@@ -119,6 +123,9 @@ func (s *Server) join(ctx context.Context, st *joinStream, hello *api.Hello) err
 		return status.Errorf(codes.InvalidArgument, "digest %.200q: %v", hello.GetDigest(), err)
 	}
 	st.name = hello.GetSelf().GetName()
+	if !s.count(st) {
+		return status.Errorf(codes.ResourceExhausted, "%s is a member of %d blobs here already", st.name, maxMemberships)
+	}
 	return s.with(d, func(b *blob) error {
 		if b.machine == nil {
 			if err := b.open(hello.GetSize()); err != nil {
@@ -150,6 +157,30 @@ func (s *Server) join(ctx context.Context, st *joinStream, hello *api.Hello) err
 		}
 		return err
 	})
+}
+
+// count enters a stream, and reports false if its member has too many.
+func (s *Server) count(st *joinStream) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.joined[st.name] >= maxMemberships {
+		return false
+	}
+	s.joined[st.name]++
+	st.counted = true
+	return true
+}
+
+// uncount is the reverse of count.
+func (s *Server) uncount(st *joinStream) {
+	if !st.counted {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.joined[st.name]--; s.joined[st.name] == 0 {
+		delete(s.joined, st.name)
+	}
 }
 
 // leave ends the membership, unless a newer stream of the node has it.
