@@ -313,6 +313,9 @@ func (s *session) segment(m *apiv1.Segment) {
 		return
 	}
 	if p := m.GetPieces(); len(p) > 0 && !bytes.Equal(p, s.pieces[i]) {
+		if s.pieces[i] != nil && s.blob.Holds(i) {
+			return // what came by the other hashes must not be handed on by these
+		}
 		s.pieces[i] = p // others than before, if the first turned out to be wrong
 		delete(s.peers, i)
 	}

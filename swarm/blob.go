@@ -192,8 +192,9 @@ func (b *Blob) verified(seg int) []byte {
 // every 250 ms until it is whole; it is offered to others meanwhile, and
 // afterwards until Close. Called again for the same segment it adds peers; with
 // other hashes it begins anew, with these peers alone, and keeps the bytes that
-// are present. Of a segment that is whole already nothing is downloaded. Peers
-// whose address cannot be one are left out.
+// are present: they are taken to be right by the new hashes, so those that came
+// by others must not be. Of a segment that is whole already nothing is
+// downloaded. Peers whose address cannot be one are left out.
 //
 // Errors: ErrOutOfRange and ErrInvalidArgument for a segment or hashes that
 // cannot be, ErrUnavailable after Close, and whatever Data returned.
@@ -309,6 +310,18 @@ func (b *Blob) Ready(seg int) bool {
 	defer b.mu.Unlock()
 	s := b.segs[seg]
 	return s != nil && s.t.Complete().Bool()
+}
+
+// Holds reports whether a piece of the segment is present here, wherever it came
+// from; false outside [0, Segments()).
+func (b *Blob) Holds(seg int) bool {
+	off, n := b.layout.Segment(seg)
+	for at := int64(0); at < n; at += b.layout.PieceSize {
+		if b.present(off+at, min(b.layout.PieceSize, n-at)) {
+			return true
+		}
+	}
+	return false
 }
 
 // Stats is what has been exchanged of one blob since Open.
