@@ -68,7 +68,7 @@ func TestDiskIsFull(t *testing.T) {
 		// What the failed pull had brought is given back first.
 		must(t, harness.Poll(soon, 500*time.Millisecond, func() error { return victim.Pull(ctx, w.ns, small.Ref) }))
 		whole(ctx, t, w.ns, small, victim)
-	})
+	}, harness.V2)
 }
 
 // TestPowerLoss: whatever of a node's content had not reached the disk is gone

@@ -13,7 +13,7 @@ import (
 
 // faults are all of them, in the order in which they happen.
 var faults = []fault{
-	{name: "fetcher's imagewolf killed", act: func(_ context.Context, r *faultRun) {
+	{name: "fetcher's imagewolf killed", quick: true, act: func(_ context.Context, r *faultRun) {
 		r.lose(r.fetcher)
 		r.fetcher.Wolf.Kill()
 	}},
@@ -26,7 +26,7 @@ var faults = []fault{
 		r.lose(r.fetcher) // its client reads from that connection, as it would without us
 		registry.Behave(harness.Behavior{Rate: faultRate, StallAfter: 1, Node: r.fetcher.Name, Digest: r.layer})
 	}},
-	{name: "tracker killed", layers: []int64{32}, act: func(_ context.Context, r *faultRun) {
+	{name: "tracker killed", quick: true, layers: []int64{32}, act: func(_ context.Context, r *faultRun) {
 		n := r.tracker()
 		r.lose(n)
 		n.Wolf.Kill()
@@ -37,7 +37,7 @@ var faults = []fault{
 		r.lose(n)
 		n.Wolf.Kill()
 	}},
-	{name: "a third of the nodes killed", act: func(_ context.Context, r *faultRun) {
+	{name: "a third of the nodes killed", quick: true, act: func(_ context.Context, r *faultRun) {
 		for _, n := range r.leechers()[:2] {
 			r.lose(n)
 			n.Wolf.Kill()
@@ -76,7 +76,7 @@ var faults = []fault{
 		r.retry = true
 		registry.Behave(harness.Behavior{Rate: faultRate, Status: 500, Digest: r.layer, Times: 1})
 	}},
-	{name: "registry resets the connection", before: func(_ context.Context, r *faultRun) {
+	{name: "registry resets the connection", quick: true, before: func(_ context.Context, r *faultRun) {
 		r.retry = true
 		at := rand.Int64N(r.img.Blobs[r.layer])
 		r.say("at byte %d", at)
