@@ -7,7 +7,12 @@ WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
-ARG TARGETOS TARGETARCH TARGETVARIANT VERSION=unknown COMMIT=unknown
+# One per line: not every builder takes several.
+ARG TARGETOS
+ARG TARGETARCH
+ARG TARGETVARIANT
+ARG VERSION=unknown
+ARG COMMIT=unknown
 RUN GOOS=$TARGETOS GOARCH=$TARGETARCH GOARM=${TARGETVARIANT#v} CGO_ENABLED=0 \
     go build -trimpath -buildvcs=false \
       -ldflags "-s -w -X github.com/imagewolf/imagewolf/cmd/imagewolf/command.version=$VERSION -X github.com/imagewolf/imagewolf/cmd/imagewolf/command.commit=$COMMIT" \
