@@ -13,11 +13,11 @@ import (
 
 // faults are all of them, in the order in which they happen.
 var faults = []fault{
-	{name: "fetcher's imagewolf killed", quick: true, act: func(_ context.Context, r *faultRun) {
+	{name: "fetcher's imagewolf killed", quick: true, layers: []int64{32, 32}, act: func(_ context.Context, r *faultRun) {
 		r.lose(r.fetcher)
 		r.fetcher.Wolf.Kill()
 	}},
-	{name: "fetcher's containerd killed", act: func(_ context.Context, r *faultRun) {
+	{name: "fetcher's containerd killed", layers: []int64{32, 32}, act: func(_ context.Context, r *faultRun) {
 		r.lose(r.fetcher)
 		r.fetcher.Kill()
 	}},

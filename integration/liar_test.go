@@ -190,13 +190,13 @@ var lies = []struct {
 	log string
 }{
 	{
-		name: "wrong bytes by right hashes", quick: true, within: 8, copies: 1.05, log: "piece from peers was bad",
+		name: "wrong bytes by right hashes", quick: true, within: 12, copies: 1.05, log: "piece from peers was bad",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			l.seed(n, d, &lie{bytes: make([]byte, len(right))}, int64(len(right)), right)
 		},
 	},
 	{
-		name: "another blob by its own hashes", quick: true, within: 10, copies: 1.6, log: "member shut out of blob",
+		name: "another blob by its own hashes", quick: true, within: 15, copies: 2.1, log: "member shut out of blob",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			wrong := bytes.Clone(right)
 			for i := range wrong {
@@ -206,7 +206,7 @@ var lies = []struct {
 		},
 	},
 	{
-		name: "one wrong byte at the end", within: 8, copies: 2.05, log: "member shut out of blob",
+		name: "one wrong byte at the end", within: 12, copies: 2.05, log: "member shut out of blob",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			wrong := bytes.Clone(right)
 			wrong[len(wrong)-1]++
@@ -251,7 +251,7 @@ var lies = []struct {
 		},
 	},
 	{
-		name: "ten thousand false segments", quick: true, within: 10, copies: 2.6,
+		name: "ten thousand false segments", quick: true, within: 15, copies: 2.6,
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			stream := l.join(n, &api.Hello{Digest: d.String(), Size: int64(len(right)), Status: &api.Status{}}, nil)
 			for i := range 10_000 {
@@ -263,7 +263,7 @@ var lies = []struct {
 		},
 	},
 	{
-		name: "a flood of joins", within: 8, copies: 1.05,
+		name: "a flood of joins", within: 12, copies: 1.05,
 		tell: func(l *liar, n *harness.Node, _ digest.Digest, _ []byte) {
 			client := l.dial(n)
 			for i := range 3000 {
@@ -282,7 +282,7 @@ var lies = []struct {
 		},
 	},
 	{
-		name: "huge messages", within: 8, copies: 1.05,
+		name: "huge messages", within: 12, copies: 1.05,
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			for range 20 {
 				stream := l.join(n, &api.Hello{Digest: d.String(), Size: int64(len(right)), Status: &api.Status{}}, nil)
@@ -292,7 +292,7 @@ var lies = []struct {
 		},
 	},
 	{
-		name: "connections that say nothing", within: 8, copies: 1.05,
+		name: "connections that say nothing", within: 12, copies: 1.05,
 		tell: func(l *liar, n *harness.Node, _ digest.Digest, _ []byte) {
 			for range 1000 {
 				conn, err := (&net.Dialer{}).DialContext(l.Context(), "tcp", n.Wolf.Data)
