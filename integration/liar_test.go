@@ -338,7 +338,7 @@ func TestLiars(t *testing.T) {
 				if grown := memory(t, at) - before; grown > 128*mib {
 					t.Errorf("the tracker's memory grew by %d MiB", grown>>20)
 				}
-				if c.log != "" && !said(w.Nodes, c.log) {
+				if c.log != "" && !said(w.Nodes, c.log, layer) {
 					t.Errorf("nobody said %q about the liar", c.log)
 				}
 			}, harness.V2)
@@ -354,16 +354,16 @@ func memory(t *testing.T, n *harness.Node) int64 {
 	return rss
 }
 
-// said reports whether some daemon's log has a line with the words and the liar
-// in it.
-func said(nodes []*harness.Node, words string) bool {
+// said reports whether some daemon's log has a line with the words, the blob and
+// the liar in it.
+func said(nodes []*harness.Node, words, digest string) bool {
 	for _, n := range nodes {
 		data, err := os.ReadFile(n.Wolf.Log())
 		if err != nil {
 			return false
 		}
 		for line := range strings.Lines(string(data)) {
-			if strings.Contains(line, words) && (strings.Contains(line, "liar") || strings.Contains(line, "127.0.0.1:")) {
+			if strings.Contains(line, words) && strings.Contains(line, digest) && (strings.Contains(line, "liar") || strings.Contains(line, "127.0.0.1:")) {
 				return true
 			}
 		}

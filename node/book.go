@@ -24,7 +24,8 @@ type bookEntry struct {
 	moved    time.Time // when a new byte last came
 }
 
-// busyFor is how long after a new byte of another blob a node counts as busy.
+// busyFor is how long after a new byte of another blob, or one that a peer sent, a
+// node counts as busy.
 const busyFor = 3 * time.Second
 
 func newBook() *book { return &book{entries: map[digest.Digest]*bookEntry{}} }

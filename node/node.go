@@ -103,7 +103,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	g.Go(func() error { return srv.Serve(ctx, l) })
 	g.Go(func() error { return n.store.Run(ctx) })
 	g.Go(func() error { n.runStack(ctx); return nil })
-	g.Go(func() error { return n.watch(ctx) })
+	g.Go(func() error { n.watch(ctx); return nil })
 	n.log.Info("serving containerd", "socket", n.cfg.Socket, "root", n.cfg.Root)
 	n.tell(daemon.SdNotifyReady)
 	<-ctx.Done()

@@ -326,41 +326,57 @@ func TestTwoNamespacesShareOneFetch(t *testing.T) {
 	wantSent(t, r, 1)
 }
 
+// pullInVain has the first node pull from one registry, up to the byte at off, and
+// then the others from another. kill ends the first pull; others waits for the
+// rest of them, which must succeed.
+func pullInVain(t *testing.T, nodes []*testNode, from, rest *registry, off int64) (kill, others func()) {
+	t.Helper()
+	reached, resume := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	from.gate = func(at int64) {
+		if at >= off {
+			once.Do(func() { close(reached) })
+			<-resume
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	first := make(chan error, 1)
+	go func() { first <- nodes[0].pull(ctx, from, "default") }()
+	<-reached
+	var wg sync.WaitGroup
+	for _, tn := range nodes[1:] {
+		wg.Go(func() {
+			if err := tn.pull(t.Context(), rest, "default"); err != nil {
+				t.Errorf("%s: %v", tn.cfg.Cluster.Name, err)
+			}
+		})
+	}
+	kill = func() {
+		t.Helper()
+		cancel()
+		close(resume)
+		if err := <-first; err == nil {
+			t.Error("the first pull was killed and says it is complete")
+		}
+	}
+	others = func() {
+		t.Helper()
+		wg.Wait()
+		for _, tn := range nodes[1:] {
+			tn.check(t, rest)
+		}
+	}
+	return kill, others
+}
+
 // The client that fetches dies in mid-blob: another node goes on from the
 // byte it reached, and the registry sends about one copy in all.
 func TestFetchersClientDies(t *testing.T) {
 	nodes := startNodes(t, 4)
 	r := newRegistry(t, 32<<20)
-	half := make(chan struct{})
-	resume := make(chan struct{})
-	var once sync.Once
-	r.gate = func(off int64) {
-		if off >= 17<<20 {
-			once.Do(func() { close(half) })
-			<-resume
-		}
-	}
-	ctx, kill := context.WithCancel(t.Context())
-	first := make(chan error, 1)
-	go func() { first <- nodes[0].pull(ctx, r, "default") }()
-	<-half
-	var wg sync.WaitGroup
-	for _, tn := range nodes[1:] {
-		wg.Go(func() {
-			if err := tn.pull(t.Context(), r, "default"); err != nil {
-				t.Errorf("%s: %v", tn.cfg.Cluster.Name, err)
-			}
-		})
-	}
+	kill, others := pullInVain(t, nodes, r, r, 17*mib)
 	kill()
-	close(resume)
-	if err := <-first; err == nil {
-		t.Error("the first pull was killed and says it is complete")
-	}
-	wg.Wait()
-	for _, tn := range nodes[1:] {
-		tn.check(t, r)
-	}
+	others()
 	// The tail of the segment that the dead client had begun is fetched again.
 	wantSent(t, r, 1+float64(4<<20)/float64(len(r.blob)))
 
@@ -424,38 +440,12 @@ func TestWrongPrefixIsFetchedAgain(t *testing.T) {
 	r := newRegistry(t, 24<<20)
 	wrong := &registry{blob: bytes.Clone(r.blob), says: r.desc().Digest}
 	wrong.blob[mib] ^= 1
-	half, resume := make(chan struct{}), make(chan struct{})
-	var once sync.Once
-	wrong.gate = func(off int64) {
-		if off >= 12*mib {
-			once.Do(func() { close(half) })
-			<-resume
-		}
-	}
-	ctx, kill := context.WithCancel(t.Context())
-	first := make(chan error, 1)
-	go func() { first <- nodes[0].pull(ctx, wrong, "default") }()
-	<-half
-	var wg sync.WaitGroup
-	for _, tn := range nodes[1:] {
-		wg.Go(func() {
-			if err := tn.pull(t.Context(), r, "default"); err != nil {
-				t.Errorf("%s: %v", tn.cfg.Cluster.Name, err)
-			}
-		})
-	}
+	kill, others := pullInVain(t, nodes, wrong, r, 12*mib)
 	for _, tn := range nodes[1:] {
 		tn.awaitOffset(t, r, 10*mib)
 	}
 	kill()
-	close(resume)
-	if err := <-first; err == nil {
-		t.Error("the first pull was killed and says it is complete")
-	}
-	wg.Wait()
-	for _, tn := range nodes[1:] {
-		tn.check(t, r)
-	}
+	others()
 	// The tail behind the wrong prefix, then all of it by one node.
 	wantSent(t, r, 1.7)
 }

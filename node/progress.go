@@ -149,13 +149,7 @@ func (s *session) status() *apiv1.Status {
 // receives says whether peers have sent bytes a moment ago. They count for
 // nothing until a piece is whole, which takes seconds on a slow line.
 func (s *session) receives(now time.Time) bool {
-	if s.blob == nil {
-		return false
-	}
-	if n := s.blob.Downloaded(); n > s.received {
-		s.received, s.receivedAt = n, now
-	}
-	return now.Sub(s.receivedAt) < busyFor
+	return s.blob != nil && now.Sub(s.blob.LastReceived()) < busyFor
 }
 
 // tell sends a Status when something but progress has changed, or when

@@ -27,9 +27,8 @@ const (
 	// statusEvery is the least time between two Status messages that report
 	// nothing but progress.
 	statusEvery = 200 * time.Millisecond
-	// busyEvery is how often a node that waits for bytes repeats that it is busy
-	// with other blobs: one that is not heard for a stall timeout, 2 s by default,
-	// is taken for stuck.
+	// busyEvery is how often a node that lacks bytes repeats that it is busy: one
+	// that is not heard for a stall timeout, 2 s by default, is taken for stuck.
 	busyEvery = 500 * time.Millisecond
 	// rejoinEvery is how often a session without a tracker looks for one.
 	rejoinEvery = time.Second
@@ -86,8 +85,6 @@ type session struct {
 	failed     int         // State.Failed when last looked at
 	movedAt    time.Time   // when the last new byte was seen, or the wait began
 	askedAt    time.Time
-	received   int64     // what peers had sent when last looked at
-	receivedAt time.Time // when that last grew
 	usedAt     time.Time // when the session was last of use to anyone
 	started    time.Time
 	from       int64 // bytes that were here when the session began

@@ -2,7 +2,7 @@ package node
 
 import (
 	"context"
-	"fmt"
+	"net"
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
@@ -29,18 +29,18 @@ func (n *Node) tell(state string) {
 // answered; without a watchdog it returns at once. It asks through the socket,
 // as containerd does: a daemon that hangs there holds up every pull of the node,
 // and is better started again.
-func (n *Node) watch(ctx context.Context) error {
+func (n *Node) watch(ctx context.Context) {
 	limit, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
 		n.log.Warn("systemd's watchdog is not served", "err", err)
-		return nil
 	}
 	if limit == 0 {
-		return nil
+		return
 	}
-	conn, err := grpc.NewClient("unix://"+n.cfg.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := dialSocket(n.cfg.Socket)
 	if err != nil {
-		return fmt.Errorf("watchdog: %w", err)
+		n.log.Error("systemd's watchdog is not served", "err", err)
+		return
 	}
 	defer conn.Close() //nolint:errcheck // closed once, here
 	tick := time.NewTicker(limit / 4)
@@ -53,10 +53,18 @@ func (n *Node) watch(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-tick.C:
 		}
 	}
+}
+
+// dialSocket connects to a unix socket, whatever characters its path has.
+func dialSocket(path string) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///content", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", path)
+		}))
 }
 
 // answers fails if the content service does not answer in time.

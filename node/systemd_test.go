@@ -11,8 +11,6 @@ import (
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/imagewolf/imagewolf/config"
 )
@@ -73,7 +71,7 @@ func TestWatchdogMissesTheStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close() //nolint:errcheck // nobody is accepted
-	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := dialSocket(path)
 	if err != nil {
 		t.Fatal(err)
 	}

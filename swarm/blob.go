@@ -49,7 +49,8 @@ type Blob struct {
 	wg     sync.WaitGroup // keep
 	wake   chan struct{}  // has room for one: keep is to look again
 
-	uploaded, downloaded, lastActive atomic.Int64 // lastActive in Unix nanoseconds
+	uploaded, downloaded     atomic.Int64
+	lastActive, lastReceived atomic.Int64 // Unix nanoseconds
 
 	// Lock order: mu, the torrent client's own lock, acct. The client calls
 	// back with its lock held, so mu must not be taken in callbacks.
@@ -338,8 +339,14 @@ type Stats struct {
 	Sources map[string]int64
 }
 
-// Downloaded is [Stats].Downloaded, for who asks very often.
-func (b *Blob) Downloaded() int64 { return b.downloaded.Load() }
+// LastReceived is when a peer last sent bytes, checked or not; the zero time if
+// none has since Open. It may be called very often.
+func (b *Blob) LastReceived() time.Time {
+	if at := b.lastReceived.Load(); at != 0 {
+		return time.Unix(0, at)
+	}
+	return time.Time{}
+}
 
 // Stats takes no lock of the torrent client and may be called often.
 func (b *Blob) Stats() Stats {

@@ -60,11 +60,13 @@ func (b *Blob) ban(peer, why string) {
 // received notes a chunk that came from the peer. The client is locked.
 func (s *segment) received(peer string, piece, n int) {
 	b := s.blob
+	now := time.Now()
 	b.downloaded.Add(int64(n))
+	b.lastReceived.Store(now.UnixNano())
 	b.touch()
 	b.acct.Lock()
 	defer b.acct.Unlock()
-	s.moved = time.Now()
+	s.moved = now
 	b.account(peer).bytes += int64(n)
 	from := s.senders[piece]
 	if from == nil {

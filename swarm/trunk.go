@@ -19,8 +19,9 @@ const (
 	// read, and trunkBuffer the same for all of one trunk, in bytes.
 	streamBuffer = 512 << 10
 	trunkBuffer  = 16 << 20
-	// maxStreams bounds the peer connections that one node may open to us. A
-	// node that comes late to a blob of 100 GiB needs one per segment at most.
+	// maxStreams bounds the peer connections on one trunk. A node needs one per
+	// segment that it has under way, of all blobs, and per segment that it is the
+	// source of.
 	maxStreams = 4096
 	// trunkIdle is how long a trunk without peer connections is kept.
 	trunkIdle = time.Minute

@@ -50,27 +50,28 @@ func TestJoinTriesTheNextAndRemembers(t *testing.T) {
 // away and not a moment longer, or members would be at different trackers and
 // two of them be sent to the registry.
 func TestRestartedTracker(t *testing.T) {
-	n := newTestNet(t, false)
-	t0, t1 := n.serve("t0", nil), n.serve("t1", nil)
-	c := n.client("a", "")
-	at := func(want Peer) *Session {
-		t.Helper()
-		s := n.join(c, nil)
-		if s.Tracker() != want {
-			t.Fatalf("joined at %v, want %v", s.Tracker(), want)
+	bubble(t, func(t *testing.T, n *testNet) {
+		t0, t1 := n.serve("t0", nil), n.serve("t1", nil)
+		c := n.client("a", "")
+		at := func(want Peer) *Session {
+			t.Helper()
+			s := n.join(c, nil)
+			if s.Tracker() != want {
+				t.Fatalf("joined at %v, want %v", s.Tracker(), want)
+			}
+			return s
 		}
-		return s
-	}
-	first := at(t0.peer)
-	defer first.Close()
-	t0.kill()
-	for range first.Recv() {
-	}
-	at(t1.peer).Close()
-	at(t1.peer).Close()
-	again := n.serveAt("t0", t0.peer.Address, nil)
-	n.setOrder(again.peer, t1.peer)
-	at(again.peer).Close()
+		first := at(t0.peer)
+		defer first.Close()
+		t0.kill()
+		for range first.Recv() {
+		}
+		at(t1.peer).Close()
+		at(t1.peer).Close()
+		n.serve("t0", nil)
+		n.setOrder(t0.peer, t1.peer)
+		at(t0.peer).Close()
+	})
 }
 
 func TestJoinWithoutTracker(t *testing.T) {

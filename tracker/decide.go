@@ -73,7 +73,7 @@ func (m *Machine) supplied(now time.Time) bool {
 		case x.class == source:
 			until = later(until, x.heard.Add(m.stall))
 		case !until.IsZero() && x.starves(m.size) && x.works(now, m.stall):
-			// Its line is full of other blobs: this one's turn will come.
+			// Its line works, and is slow or full of other blobs.
 			until = later(until, m.lastMove().Add(m.most(busyStalls*m.stall)))
 			m.wakeAt(x.busyAt.Add(m.stall))
 		}
@@ -219,8 +219,9 @@ func (m *Machine) most(d time.Duration) time.Duration {
 	return d
 }
 
-// works says whether a member is heard to get bytes of other blobs. One that is
-// busy says so again and again; one that has lost its network says nothing.
+// works says whether a member is heard to get bytes, though it has no more of
+// this blob that count. One that is busy says so again and again; one that has
+// lost its network says nothing.
 func (x *member) works(now time.Time, stall time.Duration) bool {
 	return x.busy && now.Sub(x.busyAt) < stall
 }

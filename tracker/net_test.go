@@ -49,12 +49,6 @@ func newTestNet(t *testing.T, pipes bool) *testNet {
 // serve starts a tracker, which the test's end stops.
 func (n *testNet) serve(name string, change func(o *ServerOptions)) *testServer {
 	n.t.Helper()
-	return n.serveAt(name, "127.0.0.1:0", change)
-}
-
-// serveAt starts a tracker at an address, which pipes have no use for.
-func (n *testNet) serveAt(name, addr string, change func(o *ServerOptions)) *testServer {
-	n.t.Helper()
 	o := ServerOptions{Layout: testLayout, Log: slog.New(slog.DiscardHandler)}
 	if change != nil {
 		change(&o)
@@ -66,7 +60,7 @@ func (n *testNet) serveAt(name, addr string, change func(o *ServerOptions)) *tes
 		ts.pipe = bufconn.Listen(1 << 16)
 		l, ts.peer = ts.pipe, Peer{name, name}
 	} else {
-		tcp, err := net.Listen("tcp", addr)
+		tcp, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			n.t.Fatal(err)
 		}

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -99,36 +100,39 @@ func TestDiskFull(t *testing.T) {
 // What the failed pull has staged, and what is kept for others, makes room for
 // the next.
 func TestFullDiskIsGivenBack(t *testing.T) {
-	s := open(t, Options{SeedQuota: 1 << 20})
-	kept, _ := random(1000, 2)
-	hidden := put(t, s, kept)
-	if err := s.Delete(t.Context(), hidden); err != nil {
-		t.Fatal(err)
-	}
-	defer runStore(t, s)()
-	b, d := random(size, 1)
-	w := writer(t, s, refFor("a", d), size)
-	wait(t, w)
-	write(t, w, b[:1000])
-	in := w.(*stream).in
-	in.mu.Lock()
-	w.(*stream).drainLocked()
-	in.mu.Unlock()
-	restore := fullDisk(t, in)
-	if _, err := in.WriteAt(b[5000:6000], 5000); !errors.Is(err, syscall.ENOSPC) {
-		t.Errorf("peer's write: %v", err)
-	}
-	restore()
-	if err := w.Close(); err != nil {
-		t.Error(err)
-	}
-	for range 500 {
-		if !exists(t, s.stagingPath(d)) && !exists(t, s.stagingPath(d)+sidecarSuffix) && !exists(t, s.blobPath(hidden)) {
-			return
+	synctest.Test(t, func(t *testing.T) {
+		s := open(t, Options{SeedQuota: 1 << 20})
+		kept, _ := random(1000, 2)
+		hidden := put(t, s, kept)
+		if err := s.Delete(t.Context(), hidden); err != nil {
+			t.Fatal(err)
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Errorf("still there: staging %v, hidden blob %v", exists(t, s.stagingPath(d)), exists(t, s.blobPath(hidden)))
+		defer runStore(t, s)()
+		b, d := random(size, 1)
+		w := writer(t, s, refFor("a", d), size)
+		wait(t, w)
+		write(t, w, b[:1000])
+		in := w.(*stream).in
+		in.mu.Lock()
+		w.(*stream).drainLocked()
+		in.mu.Unlock()
+		restore := fullDisk(t, in)
+		if _, err := in.WriteAt(b[5000:6000], 5000); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("peer's write: %v", err)
+		}
+		restore()
+		if err := w.Close(); err != nil {
+			t.Error(err)
+		}
+		synctest.Wait()
+		for what, path := range map[string]string{
+			"staging": s.stagingPath(d), "sidecar": s.stagingPath(d) + sidecarSuffix, "hidden blob": s.blobPath(hidden),
+		} {
+			if exists(t, path) {
+				t.Errorf("%s is still there", what)
+			}
+		}
+	})
 }
 
 // The blob cannot be moved into its place.
