@@ -22,9 +22,10 @@ type bookEntry struct {
 	fetching bool
 	users    int
 	moved    time.Time // when a new byte last came
+	sent     time.Time // when bytes were last sent to others
 }
 
-// busyFor is how long after a new byte of another blob, or one that a peer sent, a
+// busyFor is how long after a byte of another blob, or one that a peer sent, a
 // node counts as busy.
 const busyFor = 3 * time.Second
 
@@ -87,6 +88,27 @@ func (b *book) busy(d digest.Digest, now time.Time) bool {
 		}
 	}
 	return false
+}
+
+// sending notes that bytes of a blob were sent to others.
+func (b *book) sending(d digest.Digest, now time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if e := b.entries[d]; e != nil {
+		e.sent = now
+	}
+}
+
+// sends returns how many other blobs are being sent to others.
+func (b *book) sends(d digest.Digest, now time.Time) (n uint32) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for other, e := range b.entries {
+		if other != d && now.Sub(e.sent) < busyFor {
+			n++
+		}
+	}
+	return n
 }
 
 // standing returns how many other blobs the node fetches now (load), and how

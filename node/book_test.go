@@ -48,3 +48,20 @@ func TestBookBusy(t *testing.T) {
 		t.Error("busy neither with another blob's bytes nor for as long as said")
 	}
 }
+
+func TestBookSends(t *testing.T) {
+	a, b := digest.FromString("a"), digest.FromString("b")
+	book, now := newBook(), time.Now()
+	book.enter(a)
+	book.enter(b)
+	book.sending(a, now)
+	if n := book.sends(a, now); n != 0 {
+		t.Errorf("%d other blobs are sent beside the only one", n)
+	}
+	if n := book.sends(b, now.Add(busyFor/2)); n != 1 {
+		t.Errorf("%d other blobs are sent, want 1", n)
+	}
+	if n := book.sends(b, now.Add(busyFor)); n != 0 {
+		t.Errorf("%d other blobs are sent, long after the last byte", n)
+	}
+}

@@ -47,6 +47,10 @@ func (s *session) progress(now time.Time) {
 	if s.blob != nil {
 		stats := s.blob.Stats()
 		s.asLeecher = min(stats.Downloaded, s.size-s.from)
+		if stats.Uploaded > s.uploaded {
+			s.uploaded = stats.Uploaded
+			s.node.book.sending(s.digest, now)
+		}
 		if stats.LastActive.After(s.usedAt) {
 			s.usedAt = stats.LastActive
 		}
@@ -139,6 +143,9 @@ func (s *session) sendInline() {
 // status is what the tracker should know now.
 func (s *session) status() *apiv1.Status {
 	load, rank := s.node.book.standing(s.digest)
+	if s.state.Whole {
+		load = s.node.book.sends(s.digest, time.Now())
+	}
 	return &apiv1.Status{
 		Prefix: s.state.Prefix, Present: s.state.Present,
 		CanFetch: s.state.Waiting > 0, Fetching: s.state.Writing > 0 && !s.state.Whole,

@@ -89,6 +89,7 @@ type session struct {
 	started    time.Time
 	from       int64 // bytes that were here when the session began
 	asLeecher  int64 // bytes that came from peers
+	uploaded   int64 // bytes that went to peers
 }
 
 // trackerSession is the part of tracker.Session that a session speaks to.

@@ -15,8 +15,10 @@ func (m *Machine) decide(now time.Time) {
 	m.expireTold(now)
 	if m.starving == 0 {
 		m.vacant = time.Time{}
+		m.rest()
 		return
 	}
+	m.release(now)
 	m.askSeeders(now)
 	if slices.ContainsFunc(m.fetchers, func(f *member) bool { return !f.mending }) {
 		m.vacant = time.Time{}

@@ -140,8 +140,10 @@ type Machine struct {
 	list    []*member // all members, by name: makes every walk the same
 	seeders map[string]*seeder
 	segs    []segment
-	covered int    // segments with at least one holder
-	inline  []byte // the small blob itself, verified
+	covered int // segments with at least one holder
+	// spreading says that a segment has been spread since nobody lacked anything.
+	spreading bool
+	inline    []byte // the small blob itself, verified
 
 	fetchers []*member            // members of class fetcher
 	pool     []*member            // members that swarm with each other
@@ -238,7 +240,7 @@ func (m *Machine) Join(now time.Time, hello *api.Hello) ([]Command, error) {
 	if s := m.seeders[name]; s != nil && x.whole {
 		s.asked = now
 	}
-	m.welcome(x)
+	m.welcome(now, x)
 	m.decide(now)
 	out := m.take()
 	if !slices.ContainsFunc(out, func(c Command) bool { return c.To == name && c.Msg != nil }) {
@@ -347,7 +349,7 @@ func (m *Machine) drop(now time.Time, x *member) {
 		s.asked = time.Time{}
 	}
 	m.reclass(now, x, gone)
-	m.disown(x)
+	m.disown(now, x)
 }
 
 // takeInline keeps a small blob that is what its digest says and hands it to
@@ -452,19 +454,19 @@ func (m *Machine) blame(now time.Time, x *member, name string) {
 		if banned {
 			m.reset(i)
 		} else {
-			m.mend(i) // x takes it no more, not on behalf of others either
+			m.mend(now, i) // x takes it no more, not on behalf of others either
 		}
 	}
 	if !banned {
 		if y != nil {
-			m.part(x, y)
+			m.part(now, x, y)
 		}
 		return
 	}
 	if y != nil && !y.banned {
 		m.castOut(y)
 		m.sort(now, y)
-		m.disown(y)
+		m.disown(now, y)
 	}
 }
 

@@ -501,9 +501,23 @@ var machineTests = []struct {
 			1ms   announce s2 0         > a seg0(s2)`},
 	{name: "whole members that stop delivering are given up after two stalls", lines: `
 			0s    join s whole has=0+1+2+3 > s wait
-			0s    join a can            > a seg0*(s), a seg1*(s), a seg2*(s), a seg3*(s)
+			0s    join a can            > a seg0*(s), a seg1*(s)
+			2990ms tick
+			3s    tick                  > a seg2*(s), a seg3*(s)
 			3990ms tick
 			4s    tick                  > a fetch`},
+	{name: "what a holder has follows little by little", lines: `
+			0s    join s whole load=3 has=0+1+2+3 > s wait
+			0s    join a can            > a seg0*(s), a seg1*(s)
+			0s    join b can            > b seg0*(a), b seg1*(a)
+			100ms announce b 1
+			200ms announce a 1          > a seg2*(b), b seg2*(s)
+			900ms announce a 0          > a seg3*(b), b seg3*(s)`},
+	{name: "who comes after all were served is told little by little again", lines: `
+			0s    join s whole has=0+1+2+3 > s wait
+			0s    join a can            > a seg0*(s), a seg1*(s)
+			1s    leave a
+			2s    join b can            > b seg0*(s), b seg1*(s)`},
 	{name: "first hashes win while their announcer lives", lines: `
 			0s    join a can            > a fetch
 			0s    status a fetching -can

@@ -37,6 +37,7 @@ type member struct {
 	class   class
 	banned  bool // for everyone
 	relay   bool // got the blob here, from the others
+	fetched bool // has been a fetcher for those that starve now
 	pooled  bool
 	counted bool // among the starving
 
@@ -123,7 +124,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	m.sort(now, x)
 	if turned { // its client has come or gone, and with it the use of a first hop
 		for i := range m.segs {
-			m.mend(i)
+			m.mend(now, i)
 		}
 	}
 	if lost {
@@ -140,13 +141,13 @@ func (m *Machine) lose(now time.Time, x *member) {
 	if x.losses++; x.losses > maxLosses {
 		m.castOut(x) // no honest disk does that; and every loss is felt by all
 		m.sort(now, x)
-		m.disown(x)
+		m.disown(now, x)
 		return
 	}
 	clear(x.knows)
 	clear(x.given)
-	m.unhold(x)
-	m.welcome(x)
+	m.unhold(now, x)
+	m.welcome(now, x)
 }
 
 // sort puts a member into the class that its state asks for.
@@ -169,9 +170,9 @@ func (m *Machine) reclass(now time.Time, x *member, to class) {
 		m.fetchers = remove(m.fetchers, x)
 	}
 	if x.class != fetcher && to == fetcher {
-		x.gap = 0
+		x.gap, x.fetched = 0, true
 		m.fetchers = append(m.fetchers, x)
-		m.promote(x)
+		m.promote(now, x)
 	}
 	x.class = to
 	pooled := to == leecher || (to == source && x.relay)

@@ -18,7 +18,12 @@ type segment struct {
 	relays  []*member           // holders that have it from other members
 	hops    map[*member]*member // origin -> the one leecher that was given its address
 	entries map[string]*member  // zone -> the one leecher that was given an address in another zone
-	since   time.Time           // when somebody first held it
+	since   time.Time           // when somebody first held it, then when it was spread
+	spread  bool                // the members have been told of it
+	// released are the origins that were given their first hop, if there was one
+	// to be had.
+	released map[*member]bool
+	hopAt    time.Time // when a first hop was last given an origin
 
 	helped   int       // members that stood still and were given more peers, since helpedAt
 	helpedAt time.Time // not longer ago than a little
@@ -47,7 +52,7 @@ func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 	if !known {
 		m.reset(i)
 		s.pieces, s.author = bytes.Clone(a.GetPieces()), x.name
-		s.hops, s.entries = map[*member]*member{}, map[string]*member{}
+		s.hops, s.released, s.entries = map[*member]*member{}, map[*member]bool{}, map[string]*member{}
 	}
 	first := s.holders() == 0
 	// A leecher has it from the swarm, if it was shown the way there.
@@ -61,12 +66,10 @@ func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 	x.held++
 	x.heard, m.progressed = now, now
 	if !first {
-		if !origin && len(s.relays) == 1 {
-			m.keepPace(now.Sub(s.since))
+		if m.isHop(i, x) {
+			m.keepPace(now.Sub(s.hopAt))
 		}
-		if origin && m.useful(i, x) {
-			m.giveHop(i, x)
-		}
+		m.release(now) // it may have been a first hop
 		return false
 	}
 	m.covered++
@@ -74,7 +77,7 @@ func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 		m.keepPace(now.Sub(later(m.newest, m.lastTell)))
 	}
 	s.since, m.newest = now, now
-	m.spread(i, x)
+	m.release(now)
 	return true
 }
 
@@ -101,10 +104,12 @@ func (m *Machine) reset(i int) {
 	*s = segment{}
 }
 
-// spread tells all members that lack a segment about it, when its first
-// holder x has announced it: one leecher is given x, one of each other zone
-// is given one of those, all others get a few at random.
-func (m *Machine) spread(i int, x *member) {
+// spread tells all members that lack a segment about it, which x holds: one
+// leecher is given x, one of each other zone is given one of those, all others
+// get a few at random.
+func (m *Machine) spread(now time.Time, i int, x *member) {
+	m.segs[i].spread, m.segs[i].since, m.segs[i].hopAt = true, now, now
+	m.spreading = true
 	extra := map[*member][]*member{}
 	var heads []*member
 	if hop := m.pickHop(i, x); hop != nil {
@@ -139,9 +144,9 @@ func (m *Machine) spread(i int, x *member) {
 }
 
 // giveHop gives an origin of a segment its one first hop.
-func (m *Machine) giveHop(i int, origin *member) {
+func (m *Machine) giveHop(now time.Time, i int, origin *member) {
 	if hop := m.pickHop(i, origin); hop != nil {
-		m.segs[i].hops[origin] = hop
+		m.segs[i].hops[origin], m.segs[i].hopAt = hop, now
 		m.offer(i, hop, []*member{origin})
 	}
 }
@@ -275,7 +280,7 @@ func (m *Machine) offer(i int, y *member, peers []*member) {
 }
 
 // welcome tells a new member what there is.
-func (m *Machine) welcome(x *member) {
+func (m *Machine) welcome(now time.Time, x *member) {
 	if x.whole || x.banned {
 		return
 	}
@@ -283,14 +288,16 @@ func (m *Machine) welcome(x *member) {
 		m.send(x, inlineMessage(m.inline))
 		return
 	}
+	busy := m.atWork(now)
 	for i := range m.segs {
 		s := &m.segs[i]
-		if x.has[i] || s.holders() == 0 || m.tainted(i, x) {
+		if x.has[i] || !s.spread || s.holders() == 0 || m.tainted(i, x) {
 			continue
 		}
 		var peers []*member
-		if o := m.spareOrigin(i, x); o != nil {
-			s.hops[o] = x
+		if o := m.spareOrigin(i, x, busy); o != nil {
+			s.hops[o], s.hopAt = x, now
+			busy[o]++
 			peers = append(peers, o)
 		} else if up := m.enter(i, x); up != nil {
 			peers = append(peers, up)
@@ -302,10 +309,10 @@ func (m *Machine) welcome(x *member) {
 }
 
 // spareOrigin is an origin whose address a late joiner may have: one that has
-// the whole blob and no first hop at work, or a fetcher if there is no other
-// way to the segment; of another zone only if the segment is not on its way
-// into the joiner's.
-func (m *Machine) spareOrigin(i int, x *member) *member {
+// the whole blob, a hand free (busy counts those in use) and no first hop of this
+// segment at work, or a fetcher if there is no other way to the segment; of
+// another zone only if the segment is not on its way into the joiner's.
+func (m *Machine) spareOrigin(i int, x *member, busy map[*member]int) *member {
 	if !m.lacks(i, x) {
 		return nil
 	}
@@ -313,7 +320,7 @@ func (m *Machine) spareOrigin(i int, x *member) *member {
 	supplied := m.supplies(i, x.zone)
 	var best *member
 	for _, o := range s.origins {
-		if m.shuns(x, o) || (supplied && o.zone != x.zone) {
+		if m.shuns(x, o) || (supplied && o.zone != x.zone) || busy[o] >= m.hands(o) {
 			continue
 		}
 		if o.class == fetcher && (len(s.relays) > 0 || len(s.hops) > 0) {
@@ -331,8 +338,8 @@ func (m *Machine) spareOrigin(i int, x *member) *member {
 
 // disown forgets what x holds and gives those that were told its address
 // somebody else.
-func (m *Machine) disown(x *member) {
-	m.unhold(x)
+func (m *Machine) disown(now time.Time, x *member) {
+	m.unhold(now, x)
 	for _, y := range m.list {
 		if y.whole {
 			continue
@@ -357,7 +364,7 @@ func (m *Machine) replace(i int, y *member) {
 }
 
 // unhold forgets what x holds and what first hops it has or is.
-func (m *Machine) unhold(x *member) {
+func (m *Machine) unhold(now time.Time, x *member) {
 	for i := range m.segs {
 		s := &m.segs[i]
 		if s.pieces == nil {
@@ -369,40 +376,42 @@ func (m *Machine) unhold(x *member) {
 			x.held--
 			if s.holders() == 0 {
 				m.covered--
+				s.spread = false
 			}
 		}
 		delete(s.hops, x)
+		delete(s.released, x)
 		for o, hop := range s.hops {
 			if hop == x {
 				delete(s.hops, o)
 			}
 		}
-		m.mend(i)
+		m.mend(now, i)
 	}
 }
 
 // promote makes a member that has become fetcher an origin of all it holds:
 // its uplink is for the bytes to come.
-func (m *Machine) promote(x *member) {
+func (m *Machine) promote(now time.Time, x *member) {
 	for i, has := range x.has {
 		s := &m.segs[i]
 		if n := len(s.relays); has && n > 0 {
 			if s.relays = remove(s.relays, x); len(s.relays) < n {
 				s.origins = append(s.origins, x)
-				m.mend(i)
+				m.mend(now, i)
 			}
 		}
 	}
 }
 
 // part takes y away from x as a peer.
-func (m *Machine) part(x, y *member) {
+func (m *Machine) part(now time.Time, x, y *member) {
 	for i := range m.segs {
 		n := len(x.given[i])
 		if x.given[i] = remove(x.given[i], y); len(x.given[i]) < n {
 			if m.segs[i].hops[y] == x {
 				delete(m.segs[i].hops, y)
-				m.mend(i)
+				m.mend(now, i)
 			}
 			m.replace(i, x)
 		}
@@ -411,14 +420,14 @@ func (m *Machine) part(x, y *member) {
 
 // mend sees to it that a segment is on its way to all that lack it: from an
 // origin to a first hop where only origins have it, and into every zone.
-func (m *Machine) mend(i int) {
-	m.mendHop(i)
+func (m *Machine) mend(now time.Time, i int) {
+	m.mendHop(now, i)
 	m.mendZones(i)
 }
 
-func (m *Machine) mendHop(i int) {
+func (m *Machine) mendHop(now time.Time, i int) {
 	s := &m.segs[i]
-	if len(s.relays) > 0 || len(s.origins) == 0 || m.workingHop(i) != nil {
+	if !s.spread || len(s.relays) > 0 || len(s.origins) == 0 || m.workingHop(i) != nil {
 		return
 	}
 	best := s.origins[0]
@@ -427,7 +436,7 @@ func (m *Machine) mendHop(i int) {
 			best = o
 		}
 	}
-	m.giveHop(i, best)
+	m.giveHop(now, i, best)
 }
 
 // workingHop is a first hop of a segment that has yet to get it, nil if there
@@ -463,7 +472,7 @@ func (m *Machine) nudge(now time.Time, x *member) {
 	for i := range m.segs {
 		s := &m.segs[i]
 		still := now.Sub(later(x.moved, s.since))
-		if x.has[i] || s.holders() == 0 || still < max(nudgeAfter, m.pace) {
+		if x.has[i] || !s.spread || s.holders() == 0 || still < max(nudgeAfter, m.pace) {
 			continue
 		}
 		if now.Sub(s.helpedAt) >= nudgeAfter {
@@ -477,7 +486,7 @@ func (m *Machine) nudge(now time.Time, x *member) {
 		if len(x.given[i]) >= maxGiven {
 			x.given[i] = x.given[i][:1] // none of them was of use: start over
 		}
-		m.offer(i, x, m.help(i, x, still))
+		m.offer(i, x, m.help(now, i, x, still))
 		if left--; left == 0 {
 			return
 		}
@@ -487,7 +496,7 @@ func (m *Machine) nudge(now time.Time, x *member) {
 // help returns more peers for a member that has been standing still: holders
 // of its zone or its zone's entry; later holders of any zone or a first hop;
 // in the end an origin.
-func (m *Machine) help(i int, x *member, still time.Duration) []*member {
+func (m *Machine) help(now time.Time, i int, x *member, still time.Duration) []*member {
 	s := &m.segs[i]
 	patience := max(nudgeAfter, m.pace)
 	r := m.dice(i, x)
@@ -505,7 +514,7 @@ func (m *Machine) help(i int, x *member, still time.Duration) []*member {
 	if hop != nil && hop != x {
 		peers = m.draw(r, i, x, []*member{hop}, anyone, 1, peers)
 	}
-	if len(peers) == 0 && (still >= max(hopPatience, 2*patience) || (hop == nil && len(s.relays) == 0)) {
+	if len(peers) == 0 && ((still >= max(hopPatience, 2*patience) && !(hop != nil && m.trusts(now, i, hop))) || (hop == nil && len(s.relays) == 0)) {
 		peers = m.draw(r, i, x, s.origins, anyone, 1, peers)
 	}
 	return peers

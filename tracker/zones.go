@@ -34,7 +34,7 @@ func (m *Machine) enterZones(i int, ups []*member, extra map[*member][]*member) 
 
 // mendZones gives an entry to each zone that lacks a segment and has none.
 func (m *Machine) mendZones(i int) {
-	if len(m.zones) < 2 || m.segs[i].holders() == 0 {
+	if len(m.zones) < 2 || !m.segs[i].spread || m.segs[i].holders() == 0 {
 		return
 	}
 	for _, zone := range m.zonesInOrder(i) {
@@ -119,26 +119,27 @@ func (m *Machine) pickEntry(i int, zone string, up *member) *member {
 
 // supplies says whether a segment is in a zone, or on its way into it.
 func (m *Machine) supplies(i int, zone string) bool {
-	s := &m.segs[i]
-	if e := s.entries[zone]; e != nil && !e.has[i] && (m.awaits(i, e) || e.class == fetcher) {
+	if e := m.segs[i].entries[zone]; e != nil && !e.has[i] && (m.awaits(i, e) || e.class == fetcher) {
 		return true
-	}
-	for _, o := range s.origins {
-		if hop := s.hops[o]; hop != nil && hop.zone == zone && m.awaits(i, hop) {
-			return true
-		}
-	}
-	for _, h := range s.relays {
-		if h.zone == zone {
-			return true
-		}
 	}
 	for _, sd := range m.seeders { // one that is about to announce it
 		if sd.zone == zone && !sd.asked.IsZero() && !sd.failed {
 			return true
 		}
 	}
-	return false
+	return m.suppliedFrom(i, zone)
+}
+
+// suppliedFrom says whether members of a zone have a segment from others, or one
+// of them is about to as a first hop.
+func (m *Machine) suppliedFrom(i int, zone string) bool {
+	s := &m.segs[i]
+	for _, o := range s.origins {
+		if hop := s.hops[o]; hop != nil && hop.zone == zone && m.awaits(i, hop) {
+			return true
+		}
+	}
+	return slices.ContainsFunc(s.relays, func(h *member) bool { return h.zone == zone })
 }
 
 // isHop says whether y is the first hop of an origin for a segment.

@@ -380,7 +380,7 @@ type Status struct {
 	CanFetch      bool                   `protobuf:"varint,3,opt,name=can_fetch,json=canFetch,proto3" json:"can_fetch,omitempty"` // a client waits here that could be sent to the registry
 	Fetching      bool                   `protobuf:"varint,4,opt,name=fetching,proto3" json:"fetching,omitempty"`                 // a client of this node is writing this blob from the registry
 	Whole         bool                   `protobuf:"varint,5,opt,name=whole,proto3" json:"whole,omitempty"`                       // all there and the sha256 right
-	Load          uint32                 `protobuf:"varint,6,opt,name=load,proto3" json:"load,omitempty"`                         // other blobs that this node is fetching right now
+	Load          uint32                 `protobuf:"varint,6,opt,name=load,proto3" json:"load,omitempty"`                         // other blobs that this node is fetching right now; where it has this one whole, that it is sending
 	Rank          uint32                 `protobuf:"varint,7,opt,name=rank,proto3" json:"rank,omitempty"`                         // blobs this node asked for before this one that are still undecided or being fetched
 	Busy          bool                   `protobuf:"varint,8,opt,name=busy,proto3" json:"busy,omitempty"`                         // bytes of other blobs, or bytes of this one that are not checked yet, came in here within the last seconds
 	unknownFields protoimpl.UnknownFields
