@@ -105,7 +105,8 @@ func (s *segment) unread(piece int) {
 // best record are left out for a while: either the piece is good then, and the
 // client finds out and bans who had sent something else, or it is bad, and the
 // one is banned. Pieces in which they were mixed before one was left out say
-// nothing new, and there may be dozens of them.
+// nothing new, and there may be dozens of them. If one is banned already, it is
+// the one, and the others are innocent.
 func (s *segment) failed(piece int, now time.Time) {
 	b := s.blob
 	b.acct.Lock()
@@ -118,7 +119,7 @@ func (s *segment) failed(piece int, now time.Time) {
 	}
 	best := ""
 	record := func(p string) int { a := b.account(p); return a.good - a.bad }
-	stale := slices.ContainsFunc(from, func(p string) bool { return now.Before(b.account(p).until) })
+	stale := slices.ContainsFunc(from, func(p string) bool { return b.account(p).banned || now.Before(b.account(p).until) })
 	for _, p := range from {
 		if best == "" || record(p) > record(best) {
 			best = p

@@ -1,0 +1,41 @@
+package swarm
+
+import (
+	"log/slog"
+	"testing"
+	"time"
+)
+
+// A piece that was bad is the fault of whoever is known to send bad ones; those
+// whose chunks were mixed with his are left alone.
+func TestWhoIsToBlame(t *testing.T) {
+	b := newBlob(&Swarm{opts: Options{Log: slog.New(slog.DiscardHandler)}}, "sha256:x", 4<<20, nil)
+	defer b.cancel()
+	s := &segment{blob: b, senders: map[int]map[string]struct{}{}, good: map[int]struct{}{}, broken: map[int]struct{}{}}
+	now := time.Now()
+	bad := func(piece int, from ...string) {
+		s.senders[piece] = map[string]struct{}{}
+		for _, p := range from {
+			s.senders[piece][p] = struct{}{}
+		}
+		s.failed(piece, now)
+	}
+	bad(0, "liar")
+	if !b.refuses("liar", now) {
+		t.Fatal("who alone sent a bad piece is not shut out")
+	}
+	for i := range 2 * maxBad {
+		now = now.Add(isolation)
+		bad(i, "liar", "honest")
+	}
+	if b.refuses("honest", now) {
+		t.Error("shut out for pieces that a known liar had a part in")
+	}
+	bad(1, "a", "b")
+	if b.refuses("a", now) == b.refuses("b", now) {
+		t.Error("of two that may be to blame, not one was left out")
+	}
+	if later := now.Add(isolation); b.refuses("a", later) || b.refuses("b", later) {
+		t.Error("left out for longer than it takes to find out")
+	}
+}
