@@ -103,7 +103,7 @@ func derivedIdentity(secret []byte, o IdentityOptions) (*Identity, error) {
 	if err != nil {
 		return nil, err
 	}
-	issuer, err := newIssuer(seed, o.NodeName, o.Log)
+	issuer, err := newIssuer(seed, o.NodeName)
 	if err != nil {
 		return nil, err
 	}

@@ -9,41 +9,39 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"fmt"
-	"log/slog"
 	"math/big"
-	"sync"
 	"time"
 )
 
-// leafLife is how long a certificate that a node issues itself is valid; it
-// is replaced after half of it. Its start is the epoch, so that a node whose
-// clock is behind is not locked out: there is nothing to gain from a late
-// start, since whoever has the cluster key can issue any certificate.
-const leafLife = 365 * 24 * time.Hour
+// What the cluster's key makes is valid from the beginning of Unix time, and for
+// ever (RFC 5280: no end), so that no node is locked out whatever its clock says:
+// some have none that goes on while they are off. There is nothing to gain from
+// less, since whoever has the key of such a certificate was on the node and has
+// the cluster's key, and can issue any.
+var (
+	always  = time.Unix(0, 0).UTC()
+	forever = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
+)
 
 // issuer is the cluster's CA, which every node has, and this node's own
-// certificate, in memory only.
+// certificate, in memory only. It does not change.
 type issuer struct {
 	name string
-	log  *slog.Logger
 	key  ed25519.PrivateKey
 	ca   *x509.Certificate
 	pool *x509.CertPool
-
-	mu    sync.Mutex
-	leaf  *tls.Certificate // guarded by mu
-	renew time.Time        // guarded by mu
+	leaf *tls.Certificate
 }
 
 // newIssuer derives the CA from a seed: the same seed gives the same CA
 // certificate to the last byte.
-func newIssuer(seed []byte, name string, log *slog.Logger) (*issuer, error) {
+func newIssuer(seed []byte, name string) (*issuer, error) {
 	key := ed25519.NewKeyFromSeed(seed)
 	template := &x509.Certificate{
 		SerialNumber:          big.NewInt(1),
 		Subject:               pkix.Name{CommonName: "imagewolf cluster"},
-		NotBefore:             time.Unix(0, 0).UTC(),
-		NotAfter:              time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC), // RFC 5280: no end
+		NotBefore:             always,
+		NotAfter:              forever,
 		KeyUsage:              x509.KeyUsageCertSign,
 		BasicConstraintsValid: true,
 		IsCA:                  true,
@@ -58,32 +56,19 @@ func newIssuer(seed []byte, name string, log *slog.Logger) (*issuer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cluster CA: %w", err)
 	}
-	i := &issuer{name: name, log: log, key: key, ca: ca, pool: x509.NewCertPool()}
+	i := &issuer{name: name, key: key, ca: ca, pool: x509.NewCertPool()}
 	i.pool.AddCert(ca)
-	now := time.Now()
-	if i.leaf, err = i.issue(now); err != nil {
+	if i.leaf, err = i.issue(forever); err != nil {
 		return nil, err
 	}
-	i.renew = now.Add(leafLife / 2)
 	return i, nil
 }
 
 // current implements credentialSource.
-func (i *issuer) current() (*tls.Certificate, *x509.CertPool) {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	if now := time.Now(); now.After(i.renew) {
-		leaf, err := i.issue(now)
-		if err != nil { // the old one may still do
-			i.log.Error("the node's own certificate was not renewed", "err", err)
-			return i.leaf, i.pool
-		}
-		i.leaf, i.renew = leaf, now.Add(leafLife/2)
-	}
-	return i.leaf, i.pool
-}
+func (i *issuer) current() (*tls.Certificate, *x509.CertPool) { return i.leaf, i.pool }
 
-func (i *issuer) issue(now time.Time) (*tls.Certificate, error) {
+// issue makes a certificate of this node that is valid until then.
+func (i *issuer) issue(until time.Time) (*tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("node certificate: %w", err)
@@ -91,8 +76,8 @@ func (i *issuer) issue(now time.Time) (*tls.Certificate, error) {
 	template := &x509.Certificate{
 		SerialNumber: new(big.Int).SetBytes(randomSerial()),
 		Subject:      pkix.Name{CommonName: i.name},
-		NotBefore:    time.Unix(0, 0).UTC(),
-		NotAfter:     now.Add(leafLife),
+		NotBefore:    always,
+		NotAfter:     until,
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
 	}

@@ -53,6 +53,7 @@ var badFiles = map[string][]string{
 		"swarm.upload_limit: 10B/s is too little",
 		"swarm.idle_timeout: 10ms is out of range: choose 1s to 24h",
 		"tracker.max_wait: 10m is out of range: choose 1s to 4m",
+		"metrics.address: \"metrics\" is not host:port",
 	},
 	"timeouts.bad.toml": {
 		"tracker.decide_timeout: 20s is above tracker.max_wait (10s)",

@@ -31,6 +31,7 @@ type Config struct {
 	Cluster          Cluster `toml:"cluster" comment:"Who the other nodes are, and how they know each other.\nEvery node needs an identity: cluster_key_file (or IMAGEWOLF_CLUSTER_KEY), or the four\nfiles cert_file, key_file, ca_file and gossip_key_file. Without one the daemon does not start."`
 	Swarm            Swarm   `toml:"swarm" comment:"Traffic between nodes."`
 	Tracker          Tracker `toml:"tracker" comment:"When a node waits for the others, and when it goes to the registry. The defaults suit\nclusters of any size; longer times ask the registry for less, shorter ones wait less."`
+	Metrics          Metrics `toml:"metrics" comment:"What the node counts, for Prometheus."`
 }
 
 // Cluster says who the other nodes are and how they recognise each other.
@@ -62,6 +63,11 @@ type Tracker struct {
 	DecideTimeout Duration `toml:"decide_timeout" comment:"How long a node tries to reach the tracker of a blob before it asks the registry by itself.\n10ms to 30s, not above max_wait."`
 	StallTimeout  Duration `toml:"stall_timeout" comment:"How long a transfer may stand still before a second source is sought;\nup to five times as long, but not above half of max_wait, where the line is slow or busy.\n100ms to 1m, not above max_wait."`
 	MaxWait       Duration `toml:"max_wait" comment:"How long a node waits without a single new byte before it asks the registry by itself,\nwhatever the others do. 1s to 4m: containerd's CRI gives up on a pull after 5m without progress."`
+}
+
+// Metrics says where Prometheus finds what the node counts.
+type Metrics struct {
+	Address string `toml:"address" comment:"Where GET /metrics is answered, in plain HTTP and to everyone who can reach it: host:port, such as\n\"127.0.0.1:7948\". Empty: nowhere."`
 }
 
 // Default returns the settings that hold where nothing else is said. This is

@@ -62,7 +62,19 @@ func (c Config) Validate() error {
 	if t.StallTimeout > t.MaxWait {
 		p.add("tracker.stall_timeout", "%s is above tracker.max_wait (%s): lower the one or raise the other", t.StallTimeout, t.MaxWait)
 	}
+	p.metrics(c)
 	return errors.Join(p...)
+}
+
+func (p *problems) metrics(c Config) {
+	a := c.Metrics.Address
+	if a == "" {
+		return
+	}
+	p.listen("metrics.address", a)
+	if (a == c.Cluster.GossipAddress || a == c.Cluster.DataAddress) && !strings.HasSuffix(a, ":0") {
+		p.add("metrics.address", "is the same as cluster.gossip_address or cluster.data_address: all listen on tcp, give it a port of its own")
+	}
 }
 
 // Warnings returns what is allowed and probably not meant, each with its key.

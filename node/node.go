@@ -26,6 +26,7 @@ import (
 
 	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/node/metrics"
 	"github.com/imagewolf/imagewolf/plugin/differ"
 	"github.com/imagewolf/imagewolf/plugin/store"
 	"github.com/imagewolf/imagewolf/proxy"
@@ -41,6 +42,7 @@ type Node struct {
 	log      *slog.Logger
 	identity *cluster.Identity
 	book     *book
+	metrics  *metrics.Metrics
 	store    *store.Store // set by Run before anything else starts
 
 	mu       sync.Mutex
@@ -71,10 +73,12 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Node{
+	n := &Node{
 		cfg: cfg, log: log, identity: id, book: newBook(),
 		held: map[digest.Digest]int64{}, sessions: map[digest.Digest]*entry{},
-	}, nil
+	}
+	n.metrics = n.newMetrics()
+	return n, nil
 }
 
 // Run serves containerd until ctx ends. It returns an error only where the
@@ -88,15 +92,17 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	n.store, err = store.Open(store.Options{
 		Root: n.cfg.Root, SeedQuota: n.cfg.SeedQuota.Bytes(), Filler: n,
 		MaxWait: n.cfg.Tracker.MaxWait.Duration(), Log: n.log,
+		Counter: n.metrics.Store(), Panicked: n.counts(partFill),
 	})
 	if err != nil {
 		return errors.Join(err, l.Close())
 	}
 	defer func() { err = errors.Join(err, n.store.Close()) }()
 	srv := proxy.New(proxy.Options{
-		Store: n.store, Log: n.log,
+		Store: n.store, Log: n.log, Panicked: n.counts(partProxy),
 		Applier: differ.New(differ.Options{
 			Blobs: differ.Dir(n.cfg.Root), ContainerdSocket: n.cfg.ContainerdSocket, Log: n.log,
+			Panicked: n.counts(partDiffer),
 		}),
 	})
 	g, ctx := errgroup.WithContext(ctx)
@@ -104,6 +110,9 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	g.Go(func() error { return n.store.Run(ctx) })
 	g.Go(func() error { n.runStack(ctx); return nil })
 	g.Go(func() error { n.watch(ctx); return nil })
+	if a := n.cfg.Metrics.Address; a != "" {
+		g.Go(func() error { n.metrics.Serve(ctx, a, n.log); return nil })
+	}
 	n.log.Info("serving containerd", "socket", n.cfg.Socket, "root", n.cfg.Root)
 	n.tell(daemon.SdNotifyReady)
 	<-ctx.Done()
@@ -118,7 +127,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 // runStack keeps the cluster's side alive for as long as the node lives.
 func (n *Node) runStack(ctx context.Context) {
 	for ctx.Err() == nil {
-		if err := guard(func() error { return n.serveStack(ctx) }); err != nil && ctx.Err() == nil {
+		if err := n.guard(partCluster, func() error { return n.serveStack(ctx) }); err != nil && ctx.Err() == nil {
 			n.log.Error("the cluster's side ended: pulls go to the registry until it is back",
 				"err", err, "retry", stackRetry)
 		}
@@ -129,12 +138,13 @@ func (n *Node) runStack(ctx context.Context) {
 	}
 }
 
-// guard turns a panic of f into an error, so that the cluster's side does not
-// take the store down with it. The torrent library's own goroutines are beyond
+// guard turns a panic of f, which is of that part, into an error and counts it, so
+// that the cluster's side does not take the store down with it. The torrent library's own goroutines are beyond
 // its reach; package swarm keeps from them what is known to make them panic.
-func guard(f func() error) (err error) {
+func (n *Node) guard(part string, f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
+			n.metrics.Panicked(part)
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
@@ -192,6 +202,8 @@ func (n *Node) Fill(ctx context.Context, in *store.Ingest) {
 		n.session(ctx, st, in.Digest(), false, func(ctx context.Context) {
 			newSession(n, st, in.Digest(), in.Size(), ingest{in}).run(ctx)
 		})
+	} else {
+		n.metrics.FellBack(metrics.NoCluster)
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 // must still be heard.
 type offers struct {
 	blob    *swarm.Blob
+	guard   func(func() error) error // contains a panic
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 	work    chan offerResult
@@ -27,10 +28,10 @@ type offerResult struct {
 	err     error
 }
 
-func newOffers(ctx context.Context, b *swarm.Blob) *offers {
+func newOffers(ctx context.Context, b *swarm.Blob, guard func(func() error) error) *offers {
 	ctx, cancel := context.WithCancel(ctx)
 	o := &offers{
-		blob: b, cancel: cancel, pending: map[int]bool{},
+		blob: b, guard: guard, cancel: cancel, pending: map[int]bool{},
 		work: make(chan offerResult, 1), out: make(chan offerResult),
 	}
 	o.wg.Go(func() { o.run(ctx) })
@@ -43,7 +44,7 @@ func (o *offers) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case w := <-o.work:
-			w.err = guard(func() (err error) {
+			w.err = o.guard(func() (err error) {
 				w.pieces, err = o.blob.Offer(ctx, w.segment, w.pieces)
 				return err
 			})

@@ -7,6 +7,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	apiv1 "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/node/metrics"
 )
 
 // look brings everybody up to date with what the content has become: the
@@ -199,7 +200,7 @@ func (s *session) patience(now time.Time) {
 		return
 	}
 	if s.ownWay {
-		s.fetch()
+		s.fetch(metrics.WrongBytes)
 		return
 	}
 	cfg := s.node.cfg.Tracker
@@ -209,7 +210,9 @@ func (s *session) patience(now time.Time) {
 		// connection may hang.
 		s.log.Info("no new byte: going to the registry", "waited", still, "prefix", s.state.Prefix)
 		s.movedAt = now
-		s.content.Fetch()
+		if s.content.Fetch() {
+			s.node.metrics.FellBack(metrics.NoProgress)
+		}
 		s.state, _ = s.content.Watch()
 		return
 	}
@@ -235,7 +238,7 @@ func (s *session) bad(ctx context.Context) {
 	s.ownWay = s.failed > 1 || s.blob == nil
 	s.restart(ctx)
 	if s.ownWay {
-		s.fetch()
+		s.fetch(metrics.WrongBytes)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	apiv1 "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/node/metrics"
 	"github.com/imagewolf/imagewolf/plugin/store"
 	"github.com/imagewolf/imagewolf/swarm"
 	"github.com/imagewolf/imagewolf/tracker"
@@ -177,7 +178,7 @@ func (s *session) open(ctx context.Context) error {
 		return fmt.Errorf("open torrents of %s: %w", s.digest, err)
 	}
 	s.blob = b
-	s.offers = newOffers(ctx, b)
+	s.offers = newOffers(ctx, b, func(f func() error) error { return s.node.guard(partOffer, f) })
 	return nil
 }
 
@@ -235,7 +236,7 @@ func (s *session) join(ctx context.Context) {
 	if err != nil {
 		s.log.Info("no tracker: going to the registry", "err", err)
 		s.retryAt = time.Now().Add(rejoinEvery)
-		s.fetch()
+		s.fetch(metrics.NoTracker)
 		return
 	}
 	s.tracker, s.retryAt, s.sentAt, s.resumed = ts, time.Time{}, time.Now(), true
@@ -254,19 +255,21 @@ func (s *session) lost(ctx context.Context) {
 	}
 	if s.hasty > hastyRejoins {
 		s.retryAt = time.Now().Add(rejoinEvery)
-		s.fetch()
+		s.fetch(metrics.NoTracker)
 		return
 	}
 	s.join(ctx)
 }
 
 // fetch sends one waiting client to the registry, if there is one and none of
-// this node's is on its way there already.
-func (s *session) fetch() {
+// this node's is on its way there already, for a reason that is counted.
+func (s *session) fetch(reason string) {
 	if s.state, _ = s.content.Watch(); s.state.Whole || s.state.Writing > 0 {
 		return
 	}
-	s.content.Fetch()
+	if s.content.Fetch() {
+		s.node.metrics.FellBack(reason)
+	}
 	s.state, _ = s.content.Watch()
 }
 
@@ -301,6 +304,7 @@ func (s *session) inline(data []byte) {
 		s.log.Warn("inline blob not taken", "err", err)
 	}
 	s.asLeecher = s.size
+	s.node.metrics.Swarm().Received(len(data))
 	s.inlineSent = true // whoever sent it has told the tracker already
 }
 

@@ -71,6 +71,7 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 			return n.identity.Dial(ctx, addr, cluster.ProtoBitTorrent)
 		},
 		UploadLimit: cfg.Swarm.UploadLimit.Bytes(), DownloadLimit: cfg.Swarm.DownloadLimit.Bytes(), Log: n.log,
+		Counter: n.metrics.Swarm(),
 	})
 	st.server = tracker.NewServer(tracker.ServerOptions{
 		StallTimeout: cfg.Tracker.StallTimeout.Duration(),
@@ -80,7 +81,7 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 			l := swarm.LayoutOf(size)
 			return tracker.Layout{Segments: l.Segments(), SegmentSize: l.SegmentSize, Pieces: l.Pieces}
 		},
-		PeerName: n.peerName(), Log: n.log,
+		PeerName: n.peerName(), Log: n.log, Counter: trackerCounter{n.metrics.Tracker(), n.counts(partTracker)},
 	})
 	st.tracker = tracker.NewClient(tracker.ClientOptions{
 		Self: peer(c.Self()), Zone: c.Self().Zone(), Log: n.log,
@@ -94,7 +95,7 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 	})
 	st.registrar = tracker.NewRegistrar(st.tracker, func(d digest.Digest) {
 		st.seeds.Go(func() {
-			err := guard(func() error {
+			err := n.guard(partSeed, func() error {
 				n.session(st.ctx, st, d, true, func(ctx context.Context) { n.seed(ctx, st, d) })
 				return nil
 			})
@@ -116,19 +117,19 @@ func (st *stack) run(ctx context.Context) error {
 	)
 	st.server.Register(srv)
 	part := func(name string, run func(ctx context.Context) error) {
-		g.Go(func() error { return named(name, guard(func() error { return run(ctx) })) })
+		g.Go(func() error { return named(name, st.node.guard(name, func() error { return run(ctx) })) })
 	}
 	registered := make(chan struct{})
-	part("data port", st.port.Run)
-	part("gossip", st.cluster.Run)
-	part("swarm", st.swarm.Run)
-	part("tracker", st.server.Run)
-	part("registrar", func(ctx context.Context) error {
+	part(partDataPort, st.port.Run)
+	part(partGossip, st.cluster.Run)
+	part(partSwarm, st.swarm.Run)
+	part(partTracker, st.server.Run)
+	part(partRegistrar, func(ctx context.Context) error {
 		defer close(registered)
 		return st.registrar.Run(ctx)
 	})
-	part("grpc", func(context.Context) error { return srv.Serve(st.port.GRPC()) })
-	part("membership", st.follow)
+	part(partGRPC, func(context.Context) error { return srv.Serve(st.port.GRPC()) })
+	part(partMembership, st.follow)
 	g.Go(func() error {
 		<-ctx.Done()
 		st.cancel()  // sessions end first: they hold torrents and streams

@@ -41,6 +41,8 @@ type Options struct {
 	Applier diff.Applier
 	// Log receives panics of handlers; nil: slog.Default().
 	Log *slog.Logger
+	// Panicked is called when a handler has panicked; may be nil.
+	Panicked func()
 }
 
 // Server serves the content and diff services. It is safe for concurrent use,
@@ -49,11 +51,16 @@ type Server struct {
 	store   content.Store
 	applier diff.Applier
 	log     *slog.Logger
+
+	panicked func()
 }
 
 // New returns a server. It starts nothing.
 func New(o Options) *Server {
-	s := &Server{store: o.Store, applier: o.Applier, log: o.Log}
+	s := &Server{store: o.Store, applier: o.Applier, log: o.Log, panicked: o.Panicked}
+	if s.panicked == nil {
+		s.panicked = func() {}
+	}
 	if s.log == nil {
 		s.log = slog.Default()
 	}
@@ -115,6 +122,7 @@ func (s *Server) recoverStream(srv any, ss grpc.ServerStream, info *grpc.StreamS
 // recovered must be deferred directly.
 func (s *Server) recovered(method string, err *error) {
 	if p := recover(); p != nil {
+		s.panicked()
 		s.log.Error("handler panicked", "method", method, "panic", p, "stack", string(debug.Stack()))
 		*err = status.Errorf(codes.Internal, "%s panicked: %v", method, p)
 	}

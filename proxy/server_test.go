@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -244,7 +245,8 @@ func (panicStore) ReaderAt(context.Context, ocispec.Descriptor) (content.ReaderA
 func TestPanicsStayInTheirCall(t *testing.T) {
 	blob, d := randomBlob(t, 100)
 	cs := panicStore{localStore(t, t.TempDir())}
-	conn, _ := start(t, Options{Store: cs})
+	var counted atomic.Int32
+	conn, _ := start(t, Options{Store: cs, Panicked: func() { counted.Add(1) }})
 	if _, err := contentapi.NewContentClient(conn).Info(t.Context(), &contentapi.InfoRequest{Digest: d.String()}); status.Code(err) != codes.Internal {
 		t.Errorf("unary: %v", err)
 	}
@@ -264,6 +266,9 @@ func TestPanicsStayInTheirCall(t *testing.T) {
 	}
 	if err := w.Commit(t.Context(), 100, d); err != nil {
 		t.Errorf("server is dead after a panic: %v", err)
+	}
+	if got := counted.Load(); got != 2 {
+		t.Errorf("%d panics counted, want 2", got)
 	}
 }
 

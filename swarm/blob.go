@@ -50,7 +50,7 @@ type Blob struct {
 	wake   chan struct{}  // has room for one: keep is to look again
 
 	uploaded, downloaded     atomic.Int64
-	lastActive, lastReceived atomic.Int64 // Unix nanoseconds
+	lastActive, lastReceived atomic.Int64 // as sinceStart has it; 0: never
 
 	// Lock order: mu, the torrent client's own lock, acct. The client calls
 	// back with its lock held, so mu must not be taken in callbacks.
@@ -342,18 +342,12 @@ type Stats struct {
 // LastReceived is when a peer last sent bytes, checked or not; the zero time if
 // none has since Open. It may be called very often.
 func (b *Blob) LastReceived() time.Time {
-	if at := b.lastReceived.Load(); at != 0 {
-		return time.Unix(0, at)
-	}
-	return time.Time{}
+	return atStart(b.lastReceived.Load())
 }
 
 // Stats takes no lock of the torrent client and may be called often.
 func (b *Blob) Stats() Stats {
-	st := Stats{Uploaded: b.uploaded.Load(), Downloaded: b.downloaded.Load()}
-	if at := b.lastActive.Load(); at != 0 {
-		st.LastActive = time.Unix(0, at)
-	}
+	st := Stats{Uploaded: b.uploaded.Load(), Downloaded: b.downloaded.Load(), LastActive: atStart(b.lastActive.Load())}
 	b.acct.Lock()
 	defer b.acct.Unlock()
 	st.Sources = make(map[string]int64, len(b.accounts))
@@ -395,7 +389,22 @@ func (b *Blob) Close() error {
 }
 
 // touch notes that a byte went over a connection.
-func (b *Blob) touch() { b.lastActive.Store(time.Now().UnixNano()) }
+func (b *Blob) touch() { b.lastActive.Store(sinceStart(time.Now())) }
+
+// started is what moments are kept relative to: the difference is of the clock
+// that nobody sets.
+var started = time.Now()
+
+// sinceStart returns a moment in nanoseconds, never 0.
+func sinceStart(t time.Time) int64 { return max(1, int64(t.Sub(started))) }
+
+// atStart is the reverse of sinceStart; the zero time of 0.
+func atStart(n int64) time.Time {
+	if n == 0 {
+		return time.Time{}
+	}
+	return started.Add(time.Duration(n))
+}
 
 // fail ends the exchange because Data cannot be used.
 func (b *Blob) fail(err error) {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -174,8 +175,16 @@ func (m *memory) wasMisused() bool {
 type peer struct {
 	*Swarm
 	addr string
+	seen *tally
 	stop func()
 }
+
+// tally is a Counter.
+type tally struct{ received, sent, shutOut atomic.Int64 }
+
+func (c *tally) Received(n int) { c.received.Add(int64(n)) }
+func (c *tally) Sent(n int)     { c.sent.Add(int64(n)) }
+func (c *tally) ShutOut()       { c.shutOut.Add(1) }
 
 // named is a connection that knows who is at its other end, as one with
 // mutual TLS does.
@@ -215,7 +224,9 @@ func newPeer(t testing.TB, change ...func(*Options)) *peer {
 	for _, f := range change {
 		f(&o)
 	}
-	p := &peer{Swarm: New(o), addr: l.Addr().String()}
+	seen := &tally{}
+	o.Counter = seen
+	p := &peer{Swarm: New(o), addr: l.Addr().String(), seen: seen}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- p.Run(ctx) }()

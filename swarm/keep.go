@@ -52,6 +52,7 @@ func (b *Blob) ban(peer, why string) {
 	b.kicked[peer] = struct{}{}
 	b.acct.Unlock()
 	if first {
+		b.swarm.opts.Counter.ShutOut()
 		b.swarm.opts.Log.Warn("peer banned from blob", "digest", b.digest, "peer", peer, "reason", why)
 	}
 	b.poke()
@@ -62,7 +63,8 @@ func (s *segment) received(peer string, piece, n int) {
 	b := s.blob
 	now := time.Now()
 	b.downloaded.Add(int64(n))
-	b.lastReceived.Store(now.UnixNano())
+	b.swarm.opts.Counter.Received(n)
+	b.lastReceived.Store(sinceStart(now))
 	b.touch()
 	b.acct.Lock()
 	defer b.acct.Unlock()
@@ -133,6 +135,9 @@ func (s *segment) failed(piece int, now time.Time) {
 		a.bad++
 		switch {
 		case len(from) == 1 || a.bad-a.good >= maxBad:
+			if !a.banned {
+				b.swarm.opts.Counter.ShutOut()
+			}
 			a.banned = true
 		case p != best:
 			a.until = now.Add(isolation)

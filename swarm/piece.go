@@ -108,6 +108,7 @@ func (p *piece) ReadAt(buf []byte, off int64) (int, error) {
 		return len(buf), nil
 	}
 	b.uploaded.Add(int64(n))
+	b.swarm.opts.Counter.Sent(n)
 	b.touch()
 	return n, nil
 }

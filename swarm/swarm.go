@@ -70,7 +70,27 @@ type Options struct {
 	UploadLimit, DownloadLimit int64
 	// Log takes what an operator should know. Required.
 	Log *slog.Logger
+	// Counter hears what is to be counted; nil: nobody does.
+	Counter Counter
 }
+
+// Counter hears what an operator counts. Its methods are called with locks held,
+// from any goroutine, and must return at once.
+type Counter interface {
+	// Received counts bytes of a blob that came from a peer and were wanted.
+	Received(n int)
+	// Sent counts bytes of a blob that were read for a peer.
+	Sent(n int)
+	// ShutOut counts a peer that sent a bad piece and was banned from its blob.
+	ShutOut()
+}
+
+// noCounter is a Counter for those who have none.
+type noCounter struct{}
+
+func (noCounter) Received(int) {}
+func (noCounter) Sent(int)     {}
+func (noCounter) ShutOut()     {}
 
 // Swarm is this node's part in the swarms of all blobs. Its methods may be
 // called at any time from any goroutine.
@@ -103,6 +123,9 @@ type Swarm struct {
 
 // New returns a Swarm that does nothing until Run is called.
 func New(o Options) *Swarm {
+	if o.Counter == nil {
+		o.Counter = noCounter{}
+	}
 	s := &Swarm{
 		opts: o, upload: newLimiter(o.UploadLimit), download: newLimiter(o.DownloadLimit),
 		up:          make(chan struct{}),

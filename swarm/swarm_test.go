@@ -7,6 +7,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -204,8 +205,38 @@ func TestPeerLies(t *testing.T) {
 	}
 }
 
+// What is said of when bytes went by must not depend on a clock that can be set:
+// a session would take its peers for busy, or its blob for in use, for a day.
+func TestTimesAreOfAClockThatNobodySets(t *testing.T) {
+	data, seeder, _, from, to, sink := pair(t, minSegment)
+	if !to.LastReceived().IsZero() || !to.Stats().LastActive.IsZero() {
+		t.Error("bytes are said to have come before any did")
+	}
+	began := time.Now()
+	pieces, err := from.Offer(t.Context(), 0, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := to.Leech(0, pieces, addrs(seeder)); err != nil {
+		t.Fatal(err)
+	}
+	sink.await(t, 0, int64(len(data)))
+	for what, at := range map[string]time.Time{
+		"received": to.LastReceived(), "active": to.Stats().LastActive, "sent": from.Stats().LastActive,
+	} {
+		// Only such a moment has it in its text.
+		if !strings.Contains(at.String(), " m=") {
+			t.Errorf("%s: %v is of the wall clock", what, at)
+		}
+		if at.Before(began) || time.Since(at) > patience || time.Since(at) < 0 {
+			t.Errorf("%s at %v, begun at %v", what, at, began)
+		}
+	}
+}
+
 func TestOnlyLiars(t *testing.T) {
 	data, seeder, leecher, from, to, sink := pair(t, minSegment)
+	seen := leecher.seen
 	wrong := sha1.Sum([]byte("wrong"))
 	pieces := bytes.Repeat(wrong[:], from.layout.Pieces(0))
 	if _, err := from.Offer(t.Context(), 0, pieces); err != nil {
@@ -221,6 +252,9 @@ func TestOnlyLiars(t *testing.T) {
 	if got := to.Stats().Downloaded; got > 2*int64(len(data)) {
 		t.Errorf("%d bytes were downloaded of a segment of %d", got, len(data))
 	}
+	if got := seen.shutOut.Load(); got != 1 {
+		t.Errorf("%d peers counted as shut out, want 1", got)
+	}
 	// The ban is for this blob only.
 	other := content(minSegment, 9)
 	d := digest.FromBytes(other)
@@ -233,6 +267,12 @@ func TestOnlyLiars(t *testing.T) {
 		t.Fatal(err)
 	}
 	again.await(t, 0, minSegment)
+	if got := seen.received.Load(); got != to.Stats().Downloaded+minSegment {
+		t.Errorf("%d bytes counted as received", got)
+	}
+	if got := seeder.seen.sent.Load(); got < seen.received.Load() {
+		t.Errorf("%d bytes counted as sent", got)
+	}
 }
 
 // The client loses a wake-up about once in a hundred transfers, and then waits

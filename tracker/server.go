@@ -50,7 +50,27 @@ type ServerOptions struct {
 	PeerName func(ctx context.Context) (string, bool)
 	// Log is required.
 	Log *slog.Logger
+	// Counter hears what is to be counted; nil: nobody does.
+	Counter Counter
 }
+
+// Counter hears what an operator counts. Its methods are called with locks held,
+// from any goroutine, and must return at once.
+type Counter interface {
+	// ShutOut counts a member that is shut out of a blob.
+	ShutOut()
+	// Mismatched counts a member's report that the bytes of a blob were wrong.
+	Mismatched()
+	// Panicked counts a machine that panicked and was dropped.
+	Panicked()
+}
+
+// noCounter is a Counter for those who have none.
+type noCounter struct{}
+
+func (noCounter) ShutOut()    {}
+func (noCounter) Mismatched() {}
+func (noCounter) Panicked()   {}
 
 // Server is the gRPC service imagewolf.v1.Tracker: one Machine per blob, and
 // who holds which whole blobs. It is safe for concurrent use.
@@ -75,6 +95,9 @@ type Server struct {
 // gRPC server; what depends on time needs Run.
 func NewServer(o ServerOptions) *Server {
 	o.StallTimeout = cmp.Or(o.StallTimeout, DefaultStallTimeout)
+	if o.Counter == nil {
+		o.Counter = noCounter{}
+	}
 	return &Server{
 		o:      o,
 		closed: make(chan struct{}),
@@ -82,6 +105,17 @@ func NewServer(o ServerOptions) *Server {
 		blobs:  map[digest.Digest]*blob{},
 		joined: map[string]int{},
 	}
+}
+
+// Load is how many blobs have members or seeders here now, and how many members
+// they have together.
+func (s *Server) Load() (blobs, members int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, n := range s.joined {
+		members += n
+	}
+	return len(s.blobs), members
 }
 
 // Register adds the service to a gRPC server.
@@ -242,6 +276,7 @@ func (b *blob) run(event func(m *Machine, now time.Time) ([]Command, error)) err
 	out, err := b.guard(event)
 	var p *panicError
 	if errors.As(err, &p) {
+		b.s.o.Counter.Panicked()
 		b.s.o.Log.Error("tracker failed; dropping its members", "digest", b.digest, "panic", p.value, "stack", p.stack)
 		for name, st := range b.members {
 			st.end(status.Errorf(codes.Internal, "tracker of %s failed", b.digest))
@@ -284,6 +319,7 @@ func (b *blob) guard(event func(m *Machine, now time.Time) ([]Command, error)) (
 // that does not read is let go.
 func (b *blob) dispatch(c Command) {
 	if c.Outcast {
+		b.s.o.Counter.ShutOut()
 		b.s.o.Log.Warn("member shut out of blob: it was wrong about what the bytes are", "digest", b.digest, "member", c.To)
 		return
 	}

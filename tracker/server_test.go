@@ -3,6 +3,7 @@ package tracker
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -174,7 +175,9 @@ func TestSlowMemberIsLetGo(t *testing.T) {
 
 func TestPanicCostsOneBlobOnly(t *testing.T) {
 	bubble(t, func(t *testing.T, n *testNet) {
+		var counted tally
 		ts := n.serve("t0", func(o *ServerOptions) {
+			o.Counter = &counted
 			o.Layout = func(size int64) Layout {
 				l := testLayout(size)
 				l.Pieces = func(i int) int {
@@ -217,6 +220,52 @@ func TestPanicCostsOneBlobOnly(t *testing.T) {
 		bad := rawJoin(t, n, helloOf("c", func(h *api.Hello) { h.Announced = []*api.Announce{segmentOf(3, 1)} }))
 		if _, err := bad.Recv(); status.Code(err) != codes.Internal {
 			t.Errorf("a hello's panic ends with %v", err)
+		}
+		synctest.Wait()
+		if got := counted.panicked.Load(); got != 2 {
+			t.Errorf("%d panics counted, want 2", got)
+		}
+	})
+}
+
+// tally is a Counter.
+type tally struct{ shutOut, mismatched, panicked atomic.Int32 }
+
+func (c *tally) ShutOut()    { c.shutOut.Add(1) }
+func (c *tally) Mismatched() { c.mismatched.Add(1) }
+func (c *tally) Panicked()   { c.panicked.Add(1) }
+
+// A member whose hashes made wrong bytes is shut out, and that is counted; so is
+// what the tracker has to do.
+func TestServerCounts(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		var counted tally
+		ts := n.serve("t0", func(o *ServerOptions) { o.Counter = &counted })
+		liar := rawJoin(t, n, helloOf("liar", nil))
+		if _, err := liar.Recv(); err != nil {
+			t.Fatal(err)
+		}
+		announce := &api.MemberMessage{Message: &api.MemberMessage_Announce{Announce: segmentOf(0, 1)}}
+		if err := liar.Send(announce); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		for _, name := range []string{"a", "b"} {
+			victim := rawJoin(t, n, helloOf(name, nil))
+			if _, err := victim.Recv(); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait() // it has been told of the segment
+			if err := victim.Send(&api.MemberMessage{Message: &api.MemberMessage_Bad{Bad: &api.Bad{}}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		if out, bad := counted.shutOut.Load(), counted.mismatched.Load(); out != 1 || bad != 2 {
+			t.Errorf("%d shut out, %d mismatches, want 1 and 2", out, bad)
+		}
+		if blobs, members := ts.s.Load(); blobs != 1 || members < 2 {
+			t.Errorf("%d blobs, %d members", blobs, members)
 		}
 	})
 }

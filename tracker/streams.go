@@ -105,6 +105,9 @@ func (v service) Join(stream api.Tracker_JoinServer) error {
 				if err != nil {
 					return err
 				}
+				if msg.GetBad() != nil {
+					v.s.o.Counter.Mismatched()
+				}
 				st.blob.handle(st, func(m *Machine, now time.Time) []Command { return m.Message(now, st.name, msg) })
 			}
 		})

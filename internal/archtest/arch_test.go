@@ -24,6 +24,9 @@ const (
 	maxFunc  = 100
 	engine   = "github.com/anacrolix/torrent"
 	onlyUser = "swarm" // of the engine
+
+	prometheus = "github.com/prometheus"
+	onlyTeller = "node/metrics" // to it
 )
 
 // allowed says which parts of the tree each part may import; every part may
@@ -125,6 +128,9 @@ func TestImportsRunOneWay(t *testing.T) {
 			}
 			if (path == engine || strings.HasPrefix(path, engine+"/")) && from != onlyUser {
 				t.Errorf("%s imports %s: only %s may", s.path, path, onlyUser)
+			}
+			if strings.HasPrefix(path, prometheus+"/") && dir != onlyTeller {
+				t.Errorf("%s imports %s: only %s may", s.path, path, onlyTeller)
 			}
 			own, ok := strings.CutPrefix(path, module)
 			if !ok || s.test {

@@ -69,6 +69,8 @@ type Options struct {
 	// Log receives what is worth knowing about single layers, at debug level;
 	// nil: slog.Default().
 	Log *slog.Logger
+	// Panicked is called when a panic over a layer was contained; may be nil.
+	Panicked func()
 }
 
 // Differ is a diff.Applier. It is safe for concurrent use.
@@ -78,6 +80,7 @@ type Differ struct {
 	igzip    string // path of the program; "": not to be used
 	blocks   sync.Pool
 	log      *slog.Logger
+	panicked func()
 }
 
 var _ diff.Applier = (*Differ)(nil)
@@ -85,7 +88,10 @@ var _ diff.Applier = (*Differ)(nil)
 // New returns a Differ. It starts nothing. igzip is used if it is in PATH now,
 // unless CONTAINERD_DISABLE_IGZIP is true, as for containerd.
 func New(o Options) *Differ {
-	d := &Differ{blobs: o.Blobs, log: o.Log, igzip: findIgzip()}
+	d := &Differ{blobs: o.Blobs, log: o.Log, igzip: findIgzip(), panicked: o.Panicked}
+	if d.panicked == nil {
+		d.panicked = func() {}
+	}
 	if d.log == nil {
 		d.log = slog.Default()
 	}

@@ -238,7 +238,8 @@ func TestCancel(t *testing.T) {
 }
 
 func TestPanicOfDecoder(t *testing.T) {
-	d := New(Options{Blobs: newBlobs(t)})
+	counted := 0
+	d := New(Options{Blobs: newBlobs(t), Panicked: func() { counted++ }})
 	d.blocks.New = func() any { panic("out of blocks") }
 	f, err := os.Open(os.DevNull)
 	if err != nil {
@@ -246,8 +247,8 @@ func TestPanicOfDecoder(t *testing.T) {
 	}
 	defer func() { _ = f.Close() }()
 	_, _, err = d.unpack(t.Context(), f, false, func(context.Context, *stream) error { return nil })
-	if err == nil || !strings.Contains(err.Error(), "out of blocks") {
-		t.Errorf("got %v", err)
+	if err == nil || !strings.Contains(err.Error(), "out of blocks") || counted != 1 {
+		t.Errorf("got %v, %d counted", err, counted)
 	}
 }
 

@@ -114,6 +114,7 @@ func (d *Differ) unpack(ctx context.Context, f *os.File, compressed bool, apply 
 		// must not.
 		defer func() {
 			if p := recover(); p != nil {
+				d.panicked()
 				s.err = fmt.Errorf("decoder panicked: %v\n%s", p, debug.Stack())
 			}
 		}()

@@ -301,6 +301,7 @@ func (in *Ingest) finish(sum digest.Digest) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.whole, in.finishing = true, false
+	in.store.counter.Completed()
 	in.changedLocked()
 }
 
@@ -350,19 +351,28 @@ func (in *Ingest) land() error {
 // go, and the streams whose bytes they were fail.
 func (in *Ingest) spoil(err error, wrong bool) {
 	in.store.log.Warn("bytes thrown away", "digest", in.digest, "size", in.size, "err", err)
+	lost := false
 	in.discard(func() (keep ranges, may bool) {
 		in.finishing = false
 		if wrong {
 			in.failed, in.fault = in.failed+1, err
+			in.store.counter.Mismatched()
 		}
 		if wrong && in.failed == 1 && in.filling && in.writingLocked() > 0 && in.brought.total < in.size {
 			in.progress = time.Now()
 			return in.brought.clone(), true
 		}
+		if !wrong {
+			in.failedLocked(err)
+		}
 		for w := range in.streams {
+			lost = lost || w.released
 			if w.released {
 				w.failLocked(err)
 			}
+		}
+		if lost && wrong {
+			in.store.counter.Failed()
 		}
 		return ranges{}, true
 	})

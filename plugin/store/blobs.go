@@ -56,6 +56,9 @@ func (s *Store) scanBlobs(states map[digest.Digest]blobState) error {
 				delete(s.dirty, d)
 				delete(states, d)
 			}
+			if b.used.After(s.latest) {
+				s.latest = b.used
+			}
 		}
 	}
 	for d := range states {
@@ -124,10 +127,23 @@ func (s *Store) showLocked(d digest.Digest, b *blob) {
 
 // useLocked notes that a blob was used. mu must be held.
 func (s *Store) useLocked(d digest.Digest, b *blob) {
-	b.used = time.Now()
-	if b.used.Sub(b.kept) >= usedStep {
+	now := s.nowLocked()
+	// A clock that is behind says nothing of how much later it is.
+	if b.used = now; now.Sub(b.kept) >= usedStep || now.After(time.Now()) {
 		s.dirty[d] = struct{}{}
 	}
+}
+
+// nowLocked is the time, but later than every use of a blob so far: if the
+// machine's clock is set back, even over a restart, the blobs used after that are
+// still those used last. mu must be held.
+func (s *Store) nowLocked() time.Time {
+	now := time.Now().Round(0) // as it is kept
+	if !now.After(s.latest) {
+		now = s.latest.Add(1)
+	}
+	s.latest = now
+	return now
 }
 
 // show makes a blob visible and reports whether it is there.
@@ -150,7 +166,7 @@ func (s *Store) landed(d digest.Digest, size int64) {
 	if s.blobs[d] != nil {
 		return
 	}
-	s.blobs[d] = &blob{size: size, hidden: true, used: time.Now()}
+	s.blobs[d] = &blob{size: size, hidden: true, used: s.nowLocked()}
 	s.dirty[d] = struct{}{}
 	s.announceLocked(d, size, false)
 	wake(s.evict)

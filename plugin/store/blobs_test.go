@@ -415,3 +415,59 @@ func TestRunKeepsState(t *testing.T) {
 	}
 	stop()
 }
+
+// The machine's clock is set back while the store runs, or while it does not: the
+// blobs used after that are still those used last.
+func TestEvictionWhenTheClockIsSetBack(t *testing.T) {
+	root := t.TempDir()
+	s := open(t, Options{Root: root, SeedQuota: 1 << 20})
+	var ds []digest.Digest
+	for i := range byte(4) {
+		b, _ := random(1000, i+1)
+		ds = append(ds, put(t, s, b))
+		if err := s.Delete(t.Context(), ds[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// What was used so far was used a day ahead of what the clock says now.
+	s.mu.Lock()
+	for _, d := range ds {
+		s.blobs[d].used = s.blobs[d].used.Add(24 * time.Hour)
+		s.dirty[d] = struct{}{}
+	}
+	s.latest = s.latest.Add(24 * time.Hour)
+	s.mu.Unlock()
+	use := func(d digest.Digest) {
+		t.Helper()
+		blob, err := s.OpenBlob(d)
+		if err == nil {
+			err = blob.Close()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	use(ds[1])
+	if err := errors.Join(s.flush(), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	s = open(t, Options{Root: root, SeedQuota: 2000})
+	use(ds[0])
+	for _, d := range ds { // the next start found them visible
+		s.blobs[d].hidden = true
+	}
+	if !s.evictHidden(s.quota) {
+		t.Fatal("not done")
+	}
+	for i, want := range []bool{true, true, false, false} {
+		if got := exists(t, s.blobPath(ds[i])); got != want {
+			t.Errorf("blob %d there: %v", i, got)
+		}
+	}
+	if err := s.flush(); err != nil {
+		t.Fatal(err)
+	}
+	if b := s.blobs[ds[0]]; !b.kept.Equal(b.used) {
+		t.Error("a use under a clock that is behind is not kept")
+	}
+}

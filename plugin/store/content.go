@@ -92,7 +92,7 @@ func (s *Store) Delete(_ context.Context, d digest.Digest) error {
 		return s.removeLocked(d)
 	}
 	if !b.hidden {
-		b.hidden, b.used = true, time.Now()
+		b.hidden, b.used = true, s.nowLocked()
 		s.dirty[d] = struct{}{}
 		wake(s.evict)
 	}

@@ -36,7 +36,7 @@ type blobState struct {
 // is worth a node without a content store.
 func openDB(path string, log *slog.Logger) (*bolt.DB, map[digest.Digest]blobState, error) {
 	db, states, err := tryDB(path)
-	if err == nil || errors.Is(err, berrors.ErrTimeout) || errors.Is(err, os.ErrPermission) {
+	if err == nil || errors.Is(err, berrors.ErrTimeout) || errors.Is(err, os.ErrPermission) || isFull(err) {
 		return db, states, err
 	}
 	log.Error("state.db cannot be read: starting without it", "path", path, "err", err)

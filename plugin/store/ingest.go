@@ -52,6 +52,7 @@ type Ingest struct {
 	hashing, pumping, retiring bool  // guarded by mu; the goroutine of that job runs
 	finishing                  bool  // guarded by mu; all is there and being checked, synced, renamed
 	whole                      bool  // guarded by mu
+	unwritable                 bool  // guarded by mu; its bytes could not be kept, which was counted
 	roomless                   bool  // guarded by mu; the disk was full: what is staged is not kept for later
 	dead                       bool  // guarded by mu; gave way to one of another size: its staging is no longer its own
 	failed                     int   // guarded by mu; State.Failed
@@ -255,13 +256,20 @@ func (in *Ingest) writeAt(p []byte, off int64, refuse func() error) (int, error)
 	return len(p), nil
 }
 
-// failedLocked notes that a write to the file failed. mu must be held.
+// failedLocked notes that the bytes could not be kept. mu must be held.
 func (in *Ingest) failedLocked(err error) {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+	if !in.unwritable {
+		in.unwritable = true
+		in.store.counter.Failed()
+	}
+	if isFull(err) {
 		in.roomless = true
 		wake(in.store.full)
 	}
 }
+
+// isFull reports whether an error says that there is no room on the disk.
+func isFull(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
 
 // MarkPresent says that the bytes of a range have been written and are good.
 func (in *Ingest) MarkPresent(off, n int64) error { return in.markPresent(off, n, in.deadLocked) }
@@ -388,6 +396,7 @@ func (in *Ingest) startFillLocked() {
 func (in *Ingest) fill(ctx context.Context, f Filler) {
 	defer func() {
 		if r := recover(); r != nil {
+			in.store.panicked()
 			in.store.log.Error("panic while filling a blob: going on without peers",
 				"digest", in.digest, "panic", r, "stack", string(debug.Stack()))
 		}
@@ -462,6 +471,9 @@ func (s *Store) retire(in *Ingest) {
 			// It is given back when the ingest is dropped.
 		} else if err := in.save(true); err != nil {
 			s.log.Warn("unfinished blob may have to start anew", "digest", in.digest, "err", err)
+			in.mu.Lock()
+			in.failedLocked(err) // on a full disk what cannot be gone on with is not to stay
+			in.mu.Unlock()
 		}
 		if s.retired(in) {
 			return

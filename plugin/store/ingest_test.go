@@ -268,15 +268,18 @@ func TestNeverTotalBeforeWhole(t *testing.T) {
 }
 
 func TestPanicInFill(t *testing.T) {
-	runs := 0
-	s := open(t, Options{Filler: &filler{fill: func(context.Context, *Ingest) { runs++; panic("boom") }}})
+	runs, counted := 0, 0
+	s := open(t, Options{
+		Filler:   &filler{fill: func(context.Context, *Ingest) { runs++; panic("boom") }},
+		Panicked: func() { counted++ },
+	})
 	b, d := random(size, 1)
 	w := writer(t, s, refFor("a", d), size)
 	wait(t, w)
 	write(t, w, b)
 	commit(t, w, size, d)
-	if runs != 1 {
-		t.Errorf("%d runs", runs)
+	if runs != 1 || counted != 1 {
+		t.Errorf("%d runs, %d panics counted", runs, counted)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -133,7 +134,7 @@ func (s *Store) scanStaging() error {
 		for _, r := range sc.Refs {
 			s.refs[r.Name] = &ref{
 				name: r.Name, digest: d, size: sc.Size,
-				started: r.Started, updated: r.Updated, present: good.total,
+				started: r.Started, updated: past(time.Now(), r.Updated), present: good.total,
 			}
 		}
 	}
@@ -144,6 +145,18 @@ func (s *Store) scanStaging() error {
 		if err := os.RemoveAll(filepath.Join(s.stagingDir(), f.Name())); err != nil {
 			return fmt.Errorf("clean staging: %w", err)
 		}
+	}
+	return nil
+}
+
+// emptyStaging removes all that is unfinished. It runs before anything else.
+func (s *Store) emptyStaging() error {
+	files, err := readDir(s.stagingDir())
+	for _, f := range files {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(s.stagingDir(), f.Name())))
+	}
+	if err != nil {
+		return fmt.Errorf("empty staging: %w", err)
 	}
 	return nil
 }
@@ -187,6 +200,33 @@ func (s *Store) dropStaging(d digest.Digest) {
 	}
 }
 
+// staged is a sidecar as sweep saw it, and since when the staging has rested, by a
+// clock that nobody sets.
+type staged struct {
+	written time.Time // the file's time
+	since   time.Time
+}
+
+// restsSinceLocked returns since when a sidecar has not been written. What the
+// file itself says is believed only of the time before this process, and never
+// that it is to come: the machine's clock may have been set. mu must be held.
+func (s *Store) restsSinceLocked(d digest.Digest, written time.Time) time.Time {
+	now := time.Now()
+	old, seen := s.staged[d]
+	switch {
+	case !seen:
+		now = past(now, written)
+	case old.written.Equal(written):
+		return old.since
+	}
+	s.staged[d] = staged{written: written, since: now}
+	return now
+}
+
+// past returns an earlier moment by the clock of now, which is what nobody sets
+// later on; now for a moment that is yet to come.
+func past(now, at time.Time) time.Time { return now.Add(-max(0, now.Sub(at))) }
+
 // sweep removes what no client has come back for.
 func (s *Store) sweep(now time.Time) {
 	files, err := readDir(s.stagingDir())
@@ -196,22 +236,32 @@ func (s *Store) sweep(now time.Time) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	gone := maps.Clone(s.staged)
 	for _, f := range files {
 		hex, ok := strings.CutSuffix(f.Name(), sidecarSuffix)
 		d := digest.NewDigestFromEncoded(digest.SHA256, hex)
 		fi, err := f.Info()
-		if !ok || err != nil || s.ingests[d] != nil {
+		if !ok || err != nil {
+			continue
+		}
+		delete(gone, d)
+		since := s.restsSinceLocked(d, fi.ModTime())
+		if s.ingests[d] != nil {
 			continue
 		}
 		limit := unclaimedAfter
 		if s.claimedLocked(d) {
 			limit = abandonedAfter
 		}
-		if now.Sub(fi.ModTime()) < limit {
+		if now.Sub(since) < limit {
 			continue
 		}
 		s.log.Info("abandoned blob removed", "digest", d)
 		s.dropStaging(d)
+		delete(s.staged, d)
+	}
+	for d := range gone {
+		delete(s.staged, d)
 	}
 	for name, r := range s.refs {
 		if s.ingests[r.digest] == nil && now.Sub(r.updated) >= abandonedAfter {

@@ -199,6 +199,51 @@ func TestSweep(t *testing.T) {
 	commit(t, w, 1000, used)
 }
 
+// The machine's clock is set, by a day: for the files of before that is as if they
+// were a day older, or of tomorrow. Staging goes when it has rested long enough,
+// neither at once nor never.
+func TestSweepWhenTheClockIsSet(t *testing.T) {
+	const day = 24 * time.Hour
+	for name, by := range map[string]time.Duration{"forward": 30 * day, "back": -30 * day} {
+		t.Run(name, func(t *testing.T) {
+			b, d := random(1000, 1)
+			_, before := random(1000, 2)
+			now, root := time.Now(), t.TempDir()
+			for _, d := range []digest.Digest{d, before} {
+				stage(t, root, d, b[:500], `{"version":1,"size":1000,"boot":"boot","present":[[0,500]],"refs":[{"name":"`+
+					refFor("a", d)+`","updated":"`+now.Add(max(0, -by)).Format(time.RFC3339)+`"}]}`)
+			}
+			set := func(d digest.Digest) {
+				at := now.Add(-by)
+				if err := os.Chtimes(stagedAt(root, d)+sidecarSuffix, at, at); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if by < 0 {
+				set(before) // the daemon starts after that
+			}
+			s := open(t, Options{Root: root})
+			s.sweep(now)
+			set(d)
+			s.sweep(now.Add(time.Second))
+			for _, d := range []digest.Digest{d, before} {
+				if !exists(t, s.stagingPath(d)) || s.refs[refFor("a", d)] == nil {
+					t.Errorf("%s is gone at once", d)
+				}
+			}
+			s.sweep(now.Add(2 * day))
+			for _, d := range []digest.Digest{d, before} {
+				if exists(t, s.stagingPath(d)) || s.refs[refFor("a", d)] != nil {
+					t.Errorf("%s stays", d)
+				}
+			}
+		})
+	}
+}
+
+// stagedAt is where staging of a digest is below a root.
+func stagedAt(root string, d digest.Digest) string { return (&Store{root: root}).stagingPath(d) }
+
 // An ingest that nobody uses leaves memory, and keeps what it has.
 func TestRetire(t *testing.T) {
 	s := open(t, Options{})

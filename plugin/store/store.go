@@ -38,10 +38,35 @@ type Options struct {
 	SeedQuota int64         // bytes of hidden blobs that are kept; 0: none
 	Filler    Filler        // nil: a plain local store
 	Log       *slog.Logger  // nil: discards
+	Counter   Counter       // nil: nobody counts
+	Panicked  func()        // called when a panic of the Filler was contained; may be nil
 	MaxWait   time.Duration // how long a stream that writes may make no progress before another that waits is released; 0: 30 s
 
 	bootID string // tests: instead of the kernel's
 }
+
+// Counter hears what an operator counts. Its methods are called with locks held,
+// from any goroutine, and must return at once. Blobs whose digest or size is not
+// known before they are committed are not counted.
+type Counter interface {
+	// Fetched counts bytes that a stream has written.
+	Fetched(n int)
+	// Completed counts a blob that has become whole.
+	Completed()
+	// Failed counts an unfinished blob whose bytes could not be kept, or for whose
+	// wrong bytes a stream was failed.
+	Failed()
+	// Mismatched counts a blob of which every byte was there, and not right.
+	Mismatched()
+}
+
+// noCounter is a Counter for those who have none.
+type noCounter struct{}
+
+func (noCounter) Fetched(int) {}
+func (noCounter) Completed()  {}
+func (noCounter) Failed()     {}
+func (noCounter) Mismatched() {}
 
 // Filler fills ingests from elsewhere and hears which blobs there are. Its
 // methods must not block for long on the store: Added and Removed are called
@@ -79,14 +104,16 @@ type OwnedWriter interface {
 // goroutines. Info, Status, Writer and the writers' Status and Commit do no
 // more than a few system calls on metadata.
 type Store struct {
-	root    string
-	quota   int64
-	maxWait time.Duration
-	filler  Filler
-	log     *slog.Logger
-	bootID  string
-	local   content.Store
-	db      *bolt.DB
+	root     string
+	quota    int64
+	maxWait  time.Duration
+	filler   Filler
+	panicked func()
+	log      *slog.Logger
+	counter  Counter
+	bootID   string
+	local    content.Store
+	db       *bolt.DB
 
 	ctx    context.Context // parent of every Fill; ended by Close
 	cancel context.CancelFunc
@@ -105,6 +132,8 @@ type Store struct {
 	ingests map[digest.Digest]*Ingest  // guarded by mu
 	refs    map[string]*ref            // guarded by mu
 	events  []event                    // guarded by mu; for the Filler
+	latest  time.Time                  // guarded by mu: the latest use of a blob; see nowLocked
+	staged  map[digest.Digest]staged   // guarded by mu: what sweep has seen
 
 	told  chan struct{} // events may not be empty
 	evict chan struct{} // hidden blobs may be beyond the quota
@@ -135,12 +164,20 @@ func Open(o Options) (*Store, error) {
 	if o.MaxWait <= 0 {
 		o.MaxWait = defaultMaxWait
 	}
+	if o.Counter == nil {
+		o.Counter = noCounter{}
+	}
+	if o.Panicked == nil {
+		o.Panicked = func() {}
+	}
 	s := &Store{
+		counter: o.Counter, panicked: o.Panicked,
 		root: o.Root, quota: o.SeedQuota, maxWait: o.MaxWait, filler: o.Filler, log: o.Log, bootID: o.bootID,
 		blobs:   map[digest.Digest]*blob{},
 		dirty:   map[digest.Digest]struct{}{},
 		ingests: map[digest.Digest]*Ingest{},
 		refs:    map[string]*ref{},
+		staged:  map[digest.Digest]staged{},
 		told:    make(chan struct{}, 1),
 		evict:   make(chan struct{}, 1),
 		full:    make(chan struct{}, 1),
@@ -156,7 +193,14 @@ func Open(o Options) (*Store, error) {
 		return nil, fmt.Errorf("open local store: %w", err)
 	}
 	var states map[digest.Digest]blobState
-	s.db, states, err = openDB(filepath.Join(o.Root, "imagewolf", "state.db"), o.Log)
+	path := filepath.Join(o.Root, "imagewolf", "state.db")
+	s.db, states, err = openDB(path, o.Log)
+	if isFull(err) {
+		s.log.Warn("the disk is full: unfinished blobs are removed", "root", s.root)
+		if err = s.emptyStaging(); err == nil {
+			s.db, states, err = openDB(path, o.Log)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -195,6 +195,7 @@ func (w *stream) beginLocked(n int) error {
 		return fmt.Errorf("%d bytes at %d of ref %s go beyond its %d bytes: %w",
 			n, w.pos, w.ref, w.in.size, errdefs.ErrFailedPrecondition)
 	}
+	w.in.store.counter.Fetched(n)
 	if w.released || n == 0 {
 		return nil
 	}

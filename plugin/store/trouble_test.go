@@ -385,3 +385,33 @@ func client(ctx context.Context, s *Store, ns string, b []byte, d digest.Digest)
 	}
 	return w.Commit(ctx, n, d)
 }
+
+// There is no room to move a blob into its place: what is staged is given back,
+// and so is what was kept for others.
+func TestNoRoomToFinish(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := open(t, Options{SeedQuota: 1 << 20})
+		kept, _ := random(1000, 2)
+		hidden := put(t, s, kept)
+		if err := s.Delete(t.Context(), hidden); err != nil {
+			t.Fatal(err)
+		}
+		defer runStore(t, s)()
+		_, d := random(size, 1)
+		w := writer(t, s, refFor("a", d), size)
+		in := w.(*stream).in
+		peer(t, in, make([]byte, size), 0, size/2)
+		synctest.Wait()
+		in.mu.Lock()
+		in.finishing = true
+		in.mu.Unlock()
+		in.spoil(fmt.Errorf("finish: %w", syscall.ENOSPC), false)
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if exists(t, s.stagingPath(d)) || exists(t, s.blobPath(hidden)) {
+			t.Error("still there")
+		}
+	})
+}

@@ -1,0 +1,219 @@
+// Package metrics holds what a node counts, and serves it to Prometheus. It is
+// the only importer of Prometheus' library: the packages that count declare the
+// few methods that they call, and package node hands them what is here.
+//
+// No label has a value for each blob or peer: there is no bound on them.
+package metrics
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+const (
+	// retry is how long to wait before an address is listened on again.
+	retry = 5 * time.Second
+	// maxScrapes are answered at a time; more are refused.
+	maxScrapes = 4
+	// readTimeout and writeTimeout bound one request.
+	readTimeout, writeTimeout = 5 * time.Second, 30 * time.Second
+)
+
+// Why a peer was shut out of a blob.
+const (
+	BadPiece  = "bad piece"  // it sent a piece that did not have its hash
+	BadHashes = "bad hashes" // the bytes by its piece hashes were not the blob
+)
+
+// Why a client was sent to the registry though nobody had decided that its node
+// is the one to fetch.
+const (
+	NoCluster  = "no cluster"  // the node's own side of the cluster is down
+	NoTracker  = "no tracker"  // none was reached in time
+	NoProgress = "no progress" // not a byte came for max_wait
+	WrongBytes = "wrong bytes" // what came from peers was wrong twice
+)
+
+// Now is asked at every scrape. The functions are required; they are called from
+// any goroutine and return what is so at that moment.
+type Now struct {
+	Members        func() int // live nodes that this one knows, itself included
+	TrackerBlobs   func() int // blobs that this node tracks
+	TrackerMembers func() int // their members, one for each blob that it joined
+}
+
+// Metrics is what one node counts, from New on. Safe for concurrent use.
+type Metrics struct {
+	registry  *prometheus.Registry
+	panics    *prometheus.CounterVec
+	fallbacks *prometheus.CounterVec
+	swarm     Swarm
+	tracker   Tracker
+	store     Store
+}
+
+// New returns metrics that are all zero, those of each part that is named, of
+// which a panic may be contained, too.
+func New(now Now, parts ...string) *Metrics {
+	m := &Metrics{registry: prometheus.NewRegistry()}
+	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.panics = m.counters("panics_total", "part",
+		"Panics that were contained: the part of the node named by the label was ended or begun anew, the rest went on.", parts...)
+	m.fallbacks = m.counters("registry_fallbacks_total", "reason",
+		"Times that a blob was pulled from the registry because no peer could be had for it or none delivered.",
+		NoCluster, NoTracker, NoProgress, WrongBytes)
+	out := m.counters("peers_shut_out_total", "reason",
+		"Peers that were shut out of a blob because they were wrong about it: for a bad piece by this node, for bad hashes by this node as the blob's tracker.",
+		BadPiece, BadHashes)
+	received := m.counter("peer_received_bytes_total", "Bytes of blobs that peers have sent to this node and that it wanted, right or wrong.")
+	m.swarm = Swarm{
+		received: received, shutOut: out.WithLabelValues(BadPiece),
+		sent: m.counter("peer_sent_bytes_total", "Bytes of blobs that this node has sent to peers."),
+	}
+	m.tracker = Tracker{
+		shutOut:    out.WithLabelValues(BadHashes),
+		mismatched: m.counter("tracker_mismatches_total", "Reports to this node as tracker that the bytes of a blob did not have its digest."),
+	}
+	m.store = Store{
+		fetched:    m.counter("registry_received_bytes_total", "Bytes of blobs that containerd has written to this node: what came from registries, and imports."),
+		completed:  m.counter("blobs_completed_total", "Blobs that became whole and right on this node, wherever they came from."),
+		failed:     m.counter("blobs_failed_total", "Times that the bytes of an unfinished blob could not be kept, as on a full disk, or were wrong and their client's pull failed."),
+		mismatched: m.counter("digest_mismatches_total", "Times that all bytes of a blob were here and did not have its digest; they were thrown away."),
+	}
+	m.gauge("members", "Live nodes of the cluster that this node knows, itself included.", now.Members)
+	m.gauge("tracker_blobs", "Blobs that have members or seeders and that this node tracks.", now.TrackerBlobs)
+	m.gauge("tracker_members", "Members of the blobs that this node tracks; a node counts once for every blob.", now.TrackerMembers)
+	return m
+}
+
+const namespace = "imagewolf"
+
+func (m *Metrics) counter(name, help string) prometheus.Counter {
+	c := prometheus.NewCounter(prometheus.CounterOpts{Namespace: namespace, Name: name, Help: help})
+	m.registry.MustRegister(c)
+	return c
+}
+
+// counters are one for every value of a label. Those that are known begin at
+// zero, so that a first event is seen as a rise.
+func (m *Metrics) counters(name, label, help string, values ...string) *prometheus.CounterVec {
+	c := prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: namespace, Name: name, Help: help}, []string{label})
+	m.registry.MustRegister(c)
+	for _, v := range values {
+		c.WithLabelValues(v)
+	}
+	return c
+}
+
+func (m *Metrics) gauge(name, help string, now func() int) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(
+		prometheus.GaugeOpts{Namespace: namespace, Name: name, Help: help}, func() float64 { return float64(now()) }))
+}
+
+// Panicked counts a panic that was contained. The part is one of those that New
+// was given.
+func (m *Metrics) Panicked(part string) { m.panics.WithLabelValues(part).Inc() }
+
+// FellBack counts a client that was sent to the registry for one of the reasons
+// above.
+func (m *Metrics) FellBack(reason string) { m.fallbacks.WithLabelValues(reason).Inc() }
+
+// Swarm returns what package swarm counts with.
+func (m *Metrics) Swarm() Swarm { return m.swarm }
+
+// Tracker returns what package tracker counts with.
+func (m *Metrics) Tracker() Tracker { return m.tracker }
+
+// Store returns what package plugin/store counts with.
+func (m *Metrics) Store() Store { return m.store }
+
+// Swarm counts the exchange with peers.
+type Swarm struct{ received, sent, shutOut prometheus.Counter }
+
+// Received counts bytes of a blob that a peer has sent.
+func (s Swarm) Received(n int) { s.received.Add(float64(n)) }
+
+// Sent counts bytes of a blob that a peer was sent.
+func (s Swarm) Sent(n int) { s.sent.Add(float64(n)) }
+
+// ShutOut counts a peer that was shut out of a blob.
+func (s Swarm) ShutOut() { s.shutOut.Inc() }
+
+// Tracker counts what members make known to be wrong.
+type Tracker struct{ shutOut, mismatched prometheus.Counter }
+
+// ShutOut counts a member that was shut out of a blob.
+func (t Tracker) ShutOut() { t.shutOut.Inc() }
+
+// Mismatched counts a report that a blob's bytes were wrong.
+func (t Tracker) Mismatched() { t.mismatched.Inc() }
+
+// Store counts what becomes of blobs.
+type Store struct{ fetched, completed, failed, mismatched prometheus.Counter }
+
+// Fetched counts bytes that containerd has written.
+func (s Store) Fetched(n int) { s.fetched.Add(float64(n)) }
+
+// Completed counts a blob that is whole.
+func (s Store) Completed() { s.completed.Inc() }
+
+// Failed counts bytes that could not be kept.
+func (s Store) Failed() { s.failed.Inc() }
+
+// Mismatched counts a blob that did not have its digest.
+func (s Store) Mismatched() { s.mismatched.Inc() }
+
+// Serve answers GET /metrics on the address, host:port, until ctx ends. An
+// address that cannot be listened on is logged and tried again and again: no
+// pull depends on it.
+func (m *Metrics) Serve(ctx context.Context, address string, log *slog.Logger) {
+	for ctx.Err() == nil {
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+		if err == nil {
+			log.Info("serving metrics", "address", l.Addr().String())
+			err = m.serve(ctx, l)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		log.Error("metrics are not served: see metrics.address", "err", err, "retry", retry)
+		select {
+		case <-ctx.Done():
+		case <-time.After(retry):
+		}
+	}
+}
+
+// Handler answers every request with all metrics.
+func (m *Metrics) Handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: maxScrapes})
+}
+
+// serve answers on l until ctx ends, and closes it.
+func (m *Metrics) serve(ctx context.Context, l net.Listener) error {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", m.Handler())
+	srv := &http.Server{
+		Handler: mux, ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug),
+	}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	select {
+	case err := <-served:
+		return errors.Join(fmt.Errorf("serve %s: %w", l.Addr(), err), srv.Close())
+	case <-ctx.Done():
+	}
+	err := srv.Close()
+	<-served //nolint:errcheck // it says that it was closed
+	return err
+}
