@@ -60,7 +60,7 @@ faults: export FAULTS = all
 faults: build containerds ## let everything fail that can, the slow ones too; as root, FAULTS_JSON= SOAK= ...
 	@.ci/need ip runc nft mkfs.ext4
 	cd integration && CGO_ENABLED=0 $(GO) test -count 1 -timeout 3h -run '$(FAULT_TESTS)' $(TESTFLAGS) .
-FAULT_TESTS := Faults|Liars|Strangers|DiskIsFull|PowerLoss|SocketIsHeld|Soak
+FAULT_TESTS := Faults|Liars|Strangers|DiskIsFull|DiskFullAtEachStep|PowerLoss|SocketIsHeld|NamesGone|Soak
 
 .PHONY: fuzz-smoke
 fuzz-smoke: ## run every fuzz target for FUZZTIME (3000 inputs)

@@ -83,6 +83,27 @@ var faults = []fault{
 		registry.Behave(harness.Behavior{Rate: faultRate, CutAfter: 1 + at, Digest: r.layer, Times: 1})
 	}},
 	{
+		name: "registry resets the connection three times", extra: 10 * time.Second,
+		before: func(_ context.Context, r *faultRun) {
+			r.retry = true
+			registry.Behave(harness.Behavior{Rate: faultRate, CutWithin: r.img.Blobs[r.layer], Digest: r.layer, Times: 3})
+		},
+	},
+	{
+		name: "registry answers 500 three times", extra: 10 * time.Second,
+		before: func(_ context.Context, r *faultRun) {
+			r.retry = true
+			registry.Behave(harness.Behavior{Rate: faultRate, Status: 500, Digest: r.layer, Times: 3})
+		},
+	},
+	{
+		name: "registry answers 429 three times", extra: 10 * time.Second,
+		before: func(_ context.Context, r *faultRun) {
+			r.retry = true
+			registry.Behave(harness.Behavior{Rate: faultRate, Status: 429, RetryAfter: 1, Digest: r.layer, Times: 3})
+		},
+	},
+	{
 		name: "registry without ranges, fetcher killed", copies: 1.6,
 		before: func(context.Context, *faultRun) {
 			registry.Behave(harness.Behavior{Rate: faultRate, NoRange: true})

@@ -188,15 +188,17 @@ var lies = []struct {
 	copies float64
 	// log is what some node must have said about the liar; "" for nothing.
 	log string
+	// reason is under which it must have been counted.
+	reason string
 }{
 	{
-		name: "wrong bytes by right hashes", quick: true, within: 12, copies: 1.05, log: "piece from peers was bad",
+		name: "wrong bytes by right hashes", quick: true, within: 12, copies: 1.05, log: "piece from peers was bad", reason: "bad piece",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			l.seed(n, d, &lie{bytes: make([]byte, len(right))}, int64(len(right)), right)
 		},
 	},
 	{
-		name: "another blob by its own hashes", quick: true, within: 15, copies: 2.1, log: "member shut out of blob",
+		name: "another blob by its own hashes", quick: true, within: 15, copies: 2.1, log: "member shut out of blob", reason: "bad hashes",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			wrong := bytes.Clone(right)
 			for i := range wrong {
@@ -206,7 +208,7 @@ var lies = []struct {
 		},
 	},
 	{
-		name: "one wrong byte at the end", within: 12, copies: 2.05, log: "member shut out of blob",
+		name: "one wrong byte at the end", within: 12, copies: 2.05, log: "member shut out of blob", reason: "bad hashes",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			wrong := bytes.Clone(right)
 			wrong[len(wrong)-1]++
@@ -321,6 +323,7 @@ func TestLiars(t *testing.T) {
 				registry.Reset()
 				at := trackerOf(layer, w.Nodes)
 				before := memory(t, at)
+				counted := shutOut(ctx, t, w)
 				c.tell(newLiar(t, w), at, digest.Digest(layer), right)
 				nodes := w.Nodes[:3]
 				took, err := harness.PullOn(ctx, nodes, w.ns, img.Ref)
@@ -341,9 +344,32 @@ func TestLiars(t *testing.T) {
 				if c.log != "" && !said(w.Nodes, c.log, layer) {
 					t.Errorf("nobody said %q about the liar", c.log)
 				}
+				for reason, n := range shutOut(ctx, t, w) {
+					// Those that have handed on what the liar told may be counted, too.
+					if more := n - counted[reason]; reason == c.reason && more < 1 || c.reason == "" && more > 0 {
+						t.Errorf("%v peers more counted as shut out for a %s", more, reason)
+					}
+				}
+				panics, err := w.Metric(ctx, "imagewolf_panics_total")
+				must(t, err)
+				if panics > 0 {
+					t.Errorf("%v panics were contained", panics)
+				}
 			}, harness.V2)
 		})
 	}
+}
+
+// shutOut is how many peers the nodes have counted as shut out, by reason.
+func shutOut(ctx context.Context, t *testing.T, w *world) map[string]float64 {
+	t.Helper()
+	out := map[string]float64{}
+	for _, reason := range []string{"bad piece", "bad hashes"} {
+		n, err := w.Metric(ctx, fmt.Sprintf("imagewolf_peers_shut_out_total{reason=%q}", reason))
+		must(t, err)
+		out[reason] = n
+	}
+	return out
 }
 
 // memory is what a node's daemon has resident, in bytes.

@@ -5,11 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -37,13 +39,13 @@ func TestSoak(t *testing.T) {
 	ctx, cancel := context.WithTimeoutCause(t.Context(), length+4*time.Minute, errors.New("the soak does not end"))
 	defer cancel()
 	registry.Behave(harness.Behavior{})
-	s := &soak{faultSite: newFaultSite(t), ns: "soak"}
+	s := &soak{faultSite: newFaultSite(t, harness.V2, nil), ns: "soak"}
 	s.locks = make([]sync.Mutex, len(s.Nodes))
 	for range 6 {
 		s.images = append(s.images, image(ctx, t, 1, 4, 8))
 	}
 	s.finish(ctx, t)
-	before := s.sizes(t)
+	before := s.sizes(ctx, t)
 	registry.Behave(harness.Behavior{Rate: 32 * mib})
 	end := time.Now().Add(length)
 	g, gctx := errgroup.WithContext(ctx)
@@ -64,13 +66,19 @@ func TestSoak(t *testing.T) {
 	must(t, s.Heal(ctx))
 	s.finish(ctx, t)
 	note := fmt.Sprintf("%d pulls, %d of them tried again, %d restarts, %d cuts", s.pulls.Load(), s.failed.Load(), s.restarts.Load(), s.cuts.Load())
-	record(t, faultRecord{Fault: "soak", Seconds: length.Seconds(), Note: note})
+	record(t, faultRecord{Fault: "soak", Containerd: s.version, Seconds: length.Seconds(), Note: note})
 	t.Log(note)
-	for i, now := range s.sizes(t) {
+	for i, now := range s.sizes(ctx, t) {
 		t.Logf("%s: before %+v, after %+v", s.Nodes[i].Name, before[i], now)
-		if now.files > before[i].files+64 || now.threads > before[i].threads+32 || now.rss > before[i].rss+96*mib {
+		if now.files > before[i].files+64 || now.threads > before[i].threads+32 || now.goroutines > before[i].goroutines+200 ||
+			now.rss > before[i].rss+96*mib || now.disk > before[i].disk+4*mib {
 			t.Errorf("%s has grown", s.Nodes[i].Name)
 		}
+	}
+	panics, err := s.Metric(ctx, "imagewolf_panics_total")
+	must(t, err)
+	if panics > 0 {
+		t.Errorf("%v panics were contained", panics)
 	}
 }
 
@@ -130,12 +138,13 @@ func (s *soak) step(ctx context.Context) error {
 
 // size is what a daemon holds.
 type size struct {
-	files, threads int
-	rss, staged    int64
+	files, threads, goroutines int
+	rss, disk                  int64 // bytes; disk: of content, staging and state
+	staged                     int   // files
 }
 
 // sizes waits until the daemons rest, and measures them.
-func (s *soak) sizes(t *testing.T) []size {
+func (s *soak) sizes(ctx context.Context, t *testing.T) []size {
 	t.Helper()
 	time.Sleep(3 * time.Second)
 	var out []size
@@ -147,7 +156,30 @@ func (s *soak) sizes(t *testing.T) []size {
 		must(t, err)
 		staged, err := filepath.Glob(filepath.Join(n.ContentDir(), "imagewolf", "staging", "*"))
 		must(t, err)
-		out = append(out, size{len(files), len(threads), memory(t, n), int64(len(staged))})
+		goroutines, err := n.Wolf.Metric(ctx, "go_goroutines")
+		must(t, err)
+		disk, err := diskUsage(n.ContentDir())
+		must(t, err)
+		out = append(out, size{len(files), len(threads), int(goroutines), memory(t, n), disk, len(staged)})
 	}
 	return out
+}
+
+// diskUsage is how many bytes the files below a directory take.
+func diskUsage(dir string) (int64, error) {
+	var sum int64
+	err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		info, err := d.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // gone meanwhile
+		}
+		if err == nil {
+			sum += info.Sys().(*syscall.Stat_t).Blocks * 512 //nolint:errcheck // what Linux has
+		}
+		return err
+	})
+	return sum, err
 }

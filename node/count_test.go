@@ -9,9 +9,12 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/node/metrics"
+	"github.com/imagewolf/imagewolf/plugin/store"
 )
 
 // told returns what a node tells Prometheus, by name with label.
@@ -112,6 +115,44 @@ func TestPanicIsContainedAndCounted(t *testing.T) {
 		want := float64((i + 1) % 2)
 		if got, ok := counted[`imagewolf_panics_total{part="`+part+`"}`]; !ok || got != want {
 			t.Errorf("%s: %v panics counted, want %v", part, got, want)
+		}
+	}
+}
+
+// willing is content whose one client goes to the registry when told to.
+type willing struct {
+	source
+	waits bool
+}
+
+func (w *willing) Watch() (store.State, <-chan struct{}) { return store.State{}, nil }
+
+func (w *willing) Fetch() bool {
+	went := w.waits
+	w.waits = false
+	return went
+}
+
+// A client is counted when it goes, not each time that it is told to.
+func TestClientSentToTheRegistryIsCounted(t *testing.T) {
+	cfg := config.Default()
+	cfg.Cluster.Insecure, cfg.Cluster.Name = true, "n"
+	n, err := New(cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, reason := range []string{metrics.NoTracker, metrics.WrongBytes} {
+		s := &session{node: n, content: &willing{waits: true}}
+		s.fetch(reason)
+		s.fetch(reason)
+	}
+	s := &session{node: n, log: n.log, content: &willing{waits: true}, state: store.State{Waiting: 1}}
+	s.patience(time.Now())
+	s.patience(time.Now())
+	counted := told(t, n)
+	for _, reason := range []string{metrics.NoTracker, metrics.WrongBytes, metrics.NoProgress} {
+		if got := counted[`imagewolf_registry_fallbacks_total{reason="`+reason+`"}`]; got != 1 {
+			t.Errorf("%s: %v, want 1", reason, got)
 		}
 	}
 }

@@ -45,6 +45,9 @@ type ClusterOptions struct {
 	Direct bool
 	// Machines are where the nodes run, one each; nil for this machine.
 	Machines []*Machine
+	// Join is the name by which the nodes find each other, of which Resolver is the
+	// name server; "": each knows an address.
+	Join, Resolver string
 	// Settings are added to every daemon's configuration, TOML by table.
 	Settings map[string]string
 }
@@ -95,8 +98,11 @@ func NewCluster(ctx context.Context, e *Env, o ClusterOptions) (*Cluster, error)
 		// The first node, as an operator would write it; the first itself knows
 		// the second, so that it finds back after a restart.
 		n.Wolf.join = []string{c.Nodes[0].Wolf.Gossip}
+		if o.Join != "" {
+			n.Wolf.join, n.Wolf.Resolver = []string{o.Join}, o.Resolver
+		}
 	}
-	if !o.Direct && o.Nodes > 1 {
+	if !o.Direct && o.Nodes > 1 && o.Join == "" {
 		c.Nodes[0].Wolf.join = []string{c.Nodes[1].Wolf.Gossip}
 	}
 	return c, c.Heal(ctx)

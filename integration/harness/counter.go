@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"regexp"
@@ -33,7 +34,8 @@ type Request struct {
 	Done   bool      // the handler has returned
 	Ended  time.Time // when it did
 
-	turn int // of those that the behavior concerned when it came, the how many-th
+	cut  int64 // after so many bytes, where the behavior says CutWithin
+	turn int   // of those that the behavior concerned when it came, the how many-th
 }
 
 // Behavior is what a registry does to GET requests for blobs and manifests.
@@ -47,6 +49,9 @@ type Behavior struct {
 	StallAfter int64
 	// CutAfter closes the connection after so many body bytes; 0: never.
 	CutAfter int64
+	// CutWithin is CutAfter a number of bytes drawn for each request, of 1 to so
+	// many; 0: never.
+	CutWithin int64
 	// Status is answered in place of the content; 0: none. With RetryAfter the
 	// client is told how many seconds to wait.
 	Status, RetryAfter int
@@ -178,6 +183,9 @@ func (c *Counter) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	if b.concerns(r) {
 		c.turns++
 		r.turn = c.turns
+		if b.CutWithin > 0 {
+			r.cut = 1 + rand.Int64N(b.CutWithin)
+		}
 	}
 	struck := b.concerns(r)
 	c.mu.Unlock()
@@ -266,6 +274,9 @@ func (w *countingWriter) admit(n int) (allowed int, corrupt bool, err error) {
 		b, limiter, changed, sent := w.c.behavior, w.c.limiter, w.c.changed, w.r.Bytes
 		if !b.concerns(w.r) {
 			b = Behavior{}
+		}
+		if b.CutWithin > 0 {
+			b.CutAfter = w.r.cut
 		}
 		w.c.mu.Unlock()
 		switch {

@@ -18,8 +18,10 @@ import (
 type ImageWolf struct {
 	// Dir holds its configuration, socket and log.
 	Dir string
-	// Gossip and Data are its addresses, host:port.
-	Gossip, Data string
+	// Gossip, Data and Metrics are its addresses, host:port.
+	Gossip, Data, Metrics string
+	// Resolver is the address of the name server that it asks; "": this machine's.
+	Resolver string
 	// Settings are lines of TOML by table ("" for the top), added to its
 	// configuration at the next Start.
 	Settings map[string]string
@@ -50,56 +52,61 @@ func NewClusterKey(ctx context.Context, e *Env) (string, error) {
 // newImageWolf prepares a daemon for the containerd of a node.
 func newImageWolf(e *Env, name, dir, key string, c *Containerd) (*ImageWolf, error) {
 	settings := map[string]string{}
-	var gossip, data string
+	var gossip, data, metrics string
 	if m := c.on; m != nil {
-		gossip, data = net.JoinHostPort(m.IP, "7946"), net.JoinHostPort(m.IP, "7947")
+		gossip, data, metrics = net.JoinHostPort(m.IP, "7946"), net.JoinHostPort(m.IP, "7947"), net.JoinHostPort(m.IP, "7948")
 		if m.Zone != "" {
 			settings["cluster"] = fmt.Sprintf("labels = { zone = %q }\n", m.Zone)
 		}
 	} else {
 		var err error
-		if gossip, data, err = freeAddresses(); err != nil {
+		if gossip, data, metrics, err = freeAddresses(); err != nil {
 			return nil, err
 		}
 	}
 	return &ImageWolf{
-		Dir: dir, Gossip: gossip, Data: data, Settings: settings,
+		Dir: dir, Gossip: gossip, Data: data, Metrics: metrics, Settings: settings,
 		env: e, on: c.on, name: name, content: c.ContentDir(), containerd: c.Socket(), key: key,
 	}, nil
 }
 
-// freeAddresses returns two addresses for a daemon, the first free for TCP and
-// UDP, the second for TCP. The others must know them before the daemon listens,
+// freeAddresses returns three addresses for a daemon, the first free for TCP and
+// UDP, the others for TCP. The others must know them before the daemon listens,
 // so that port 0 is no help, and on 127.0.0.1 a port that was free a moment ago
 // may by then be some connection's own. So every daemon gets a loopback address
 // of its own, from which nothing connects.
-func freeAddresses() (gossip, data string, err error) {
+func freeAddresses() (gossip, data, metrics string, err error) {
 	for range 20 {
 		host := fmt.Sprintf("127.%d.%d.%d", 16+rand.N(200), rand.N(256), 1+rand.N(254))
-		if gossip, data, err = freeOn(host); err == nil {
-			return gossip, data, nil
+		if gossip, data, metrics, err = freeOn(host); err == nil {
+			return gossip, data, metrics, nil
 		}
 	}
-	return "", "", fmt.Errorf("free ports: %w", err)
+	return "", "", "", fmt.Errorf("free ports: %w", err)
 }
 
-func freeOn(host string) (gossip, data string, err error) {
+func freeOn(host string) (gossip, data, metrics string, err error) {
 	var lc net.ListenConfig
 	g, err := lc.Listen(context.Background(), "tcp", net.JoinHostPort(host, "0"))
 	if err != nil {
-		return "", "", err
+		return "", "", "", err
 	}
 	defer func() { err = errors.Join(err, g.Close()) }()
 	u, err := lc.ListenPacket(context.Background(), "udp", g.Addr().String())
 	if err != nil {
-		return "", "", err
+		return "", "", "", err
 	}
 	defer func() { err = errors.Join(err, u.Close()) }()
 	d, err := lc.Listen(context.Background(), "tcp", net.JoinHostPort(host, "0"))
 	if err != nil {
-		return "", "", err
+		return "", "", "", err
 	}
-	return g.Addr().String(), d.Addr().String(), d.Close()
+	defer func() { err = errors.Join(err, d.Close()) }()
+	m, err := lc.Listen(context.Background(), "tcp", net.JoinHostPort(host, "0"))
+	if err != nil {
+		return "", "", "", err
+	}
+	return g.Addr().String(), d.Addr().String(), m.Addr().String(), m.Close()
 }
 
 // Socket is the path of the socket that containerd connects to.
@@ -137,6 +144,7 @@ join = [%s]
 cluster_key = %q
 %s
 `, w.content, w.Socket(), w.containerd, firstOf(os.Getenv("IMAGEWOLF_TEST_LOG_LEVEL"), "info"), w.Settings[""], w.name, w.Gossip, w.Data, host, strings.Join(join, ", "), w.key, w.Settings["cluster"])
+	text += fmt.Sprintf("[metrics]\naddress = %q\n", w.Metrics)
 	for _, table := range []string{"swarm", "tracker"} {
 		if s := w.Settings[table]; s != "" {
 			text += fmt.Sprintf("[%s]\n%s\n", table, s)
@@ -165,6 +173,15 @@ func (w *ImageWolf) Start(ctx context.Context) error {
 	if w.Socketed != nil {
 		// The process id that systemd sets is known to the process alone.
 		files, argv = []*os.File{w.Socketed}, append([]string{"/bin/sh", "-c", `LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"`, "systemd"}, argv...)
+	}
+	if w.Resolver != "" {
+		file := filepath.Join(w.Dir, "resolv.conf")
+		if err := os.WriteFile(file, []byte("nameserver "+w.Resolver+"\n"), 0o644); err != nil {
+			return fmt.Errorf("imagewolf's name server: %w", err)
+		}
+		// What is mounted here is seen by the daemon alone, which sees all else.
+		argv = append([]string{"unshare", "--mount", "--propagation", "slave", "/bin/sh", "-c",
+			`mount --bind "$0" /etc/resolv.conf && exec "$@"`, file}, argv...)
 	}
 	p, err := w.env.startOn(w.on, "imagewolf of "+w.name, w.Log(), nil, files, argv...)
 	if err != nil {
