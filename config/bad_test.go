@@ -71,6 +71,9 @@ var badFiles = map[string][]string{
 	"insecure.bad.toml": {
 		"cluster.insecure: true beside a key or certificates",
 	},
+	"metrics.bad.toml": {
+		"metrics.address: is the same as cluster.gossip_address or cluster.data_address",
+	},
 	"labels.bad.toml": {
 		"cluster.labels: 259 bytes in all, at most 256",
 	},
