@@ -70,6 +70,9 @@ type Options struct {
 
 	Resolver Resolver // nil: net.DefaultResolver
 	Log      *slog.Logger
+	// Contain runs what a goroutine that looks for nodes does, and keeps its panic
+	// from ending the process; nil: nothing does.
+	Contain func(f func())
 }
 
 // Cluster is this node's view of the cluster. Safe for concurrent use.
@@ -102,6 +105,9 @@ func New(o Options) (*Cluster, error) {
 	}
 	if o.Log == nil {
 		o.Log = slog.Default()
+	}
+	if o.Contain == nil {
+		o.Contain = func(f func()) { f() }
 	}
 	if o.Resolver == nil {
 		o.Resolver = net.DefaultResolver

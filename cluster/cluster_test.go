@@ -482,3 +482,51 @@ func TestAdvertiseIsAnAddress(t *testing.T) {
 		t.Errorf("err = %v", err)
 	}
 }
+
+// The panic of a goroutine that looks for nodes comes to Contain, and so does that
+// of one that has a connection.
+func TestPanicIsContained(t *testing.T) {
+	caught := make(chan any, 100)
+	contain := func(f func()) {
+		defer func() {
+			if p := recover(); p != nil {
+				caught <- p
+			}
+		}()
+		f()
+	}
+	c := nodeOn(t, GenerateKey(), "n", "127.0.0.1:0", func(o *Options) {
+		o.Join, o.Resolver, o.Contain = []string{"others"}, unlucky{}, contain
+	})
+	start(t, c.Run)
+	if p := <-caught; p != "no such luck" {
+		t.Error(p)
+	}
+	port := openPort(t, keyed(t, GenerateKey(), "n"), func(p *DataPort) {
+		p.listener = unluckyListener{p.listener}
+		p.Contain(contain)
+	})
+	conn, err := net.Dial("tcp", port.listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if p := <-caught; p != "no such luck" {
+		t.Error(p)
+	}
+	if _, err := conn.Read(make([]byte, 1)); err == nil {
+		t.Error("the connection goes on")
+	}
+}
+
+type unlucky struct{ net.Conn }
+
+func (unlucky) LookupHost(context.Context, string) ([]string, error) { panic("no such luck") }
+func (unlucky) Read([]byte) (int, error)                             { panic("no such luck") }
+
+type unluckyListener struct{ net.Listener }
+
+func (l unluckyListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	return unlucky{conn}, err
+}

@@ -36,6 +36,7 @@ type DataPort struct {
 	torrent  *portListener
 	refused  rate.Sometimes // keeps strangers from filling the log
 	full     rate.Sometimes
+	contain  func(work func()) // see Contain
 }
 
 // NewDataPort takes over l once Run is called; until then it is the caller's
@@ -49,6 +50,7 @@ func NewDataPort(l net.Listener, id *Identity, log *slog.Logger) *DataPort {
 		torrent:  newPortListener(l.Addr()),
 		refused:  rate.Sometimes{First: 3, Interval: 10 * time.Second},
 		full:     rate.Sometimes{First: 3, Interval: 10 * time.Second},
+		contain:  func(work func()) { work() },
 	}
 }
 
@@ -58,6 +60,10 @@ func (p *DataPort) GRPC() net.Listener { return p.grpc }
 
 // BitTorrent has the peer connections; see GRPC.
 func (p *DataPort) BitTorrent() net.Listener { return p.torrent }
+
+// Contain has f run what a goroutine with a connection does, and keep its panic from
+// ending the process: the connection is closed. It is to be called before Run.
+func (p *DataPort) Contain(f func(work func())) { p.contain = f }
 
 // Run accepts connections until ctx ends, which is no error. It closes the
 // port, both listeners, and every connection that nobody has accepted yet;
@@ -95,7 +101,11 @@ func (p *DataPort) Run(ctx context.Context) error {
 		case p.slots <- struct{}{}:
 			shaking.Go(func() {
 				defer func() { <-p.slots }()
-				p.admit(ctx, conn)
+				admitted := false
+				p.contain(func() { p.admit(ctx, conn); admitted = true })
+				if !admitted {
+					_ = conn.Close()
+				}
 			})
 		default:
 			_ = conn.Close()

@@ -158,11 +158,13 @@ func (d *discovery) round(ctx context.Context) {
 		}
 		joins++
 		g.Go(func() error {
-			if d.c.knows(a) { // a join beside this one has brought it in
-				return nil
-			}
-			_, err := d.ml.Join([]string{a.String()})
-			d.report(a.String(), err)
+			d.c.o.Contain(func() {
+				if d.c.knows(a) { // a join beside this one has brought it in
+					return
+				}
+				_, err := d.ml.Join([]string{a.String()})
+				d.report(a.String(), err)
+			})
 			return nil
 		})
 	}
@@ -203,11 +205,13 @@ func (d *discovery) resolve(ctx context.Context) ([]netip.AddrPort, map[string]b
 			continue
 		}
 		g.Go(func() error {
-			var err error
-			found[i], err = d.lookup(ctx, t)
-			if ctx.Err() == nil {
-				d.report(t.entry, err)
-			}
+			d.c.o.Contain(func() {
+				var err error
+				found[i], err = d.lookup(ctx, t)
+				if ctx.Err() == nil {
+					d.report(t.entry, err)
+				}
+			})
 			return nil
 		})
 	}

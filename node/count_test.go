@@ -4,12 +4,17 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/config"
@@ -153,6 +158,47 @@ func TestClientSentToTheRegistryIsCounted(t *testing.T) {
 	for _, reason := range []string{metrics.NoTracker, metrics.WrongBytes, metrics.NoProgress} {
 		if got := counted[`imagewolf_registry_fallbacks_total{reason="`+reason+`"}`]; got != 1 {
 			t.Errorf("%s: %v, want 1", reason, got)
+		}
+	}
+}
+
+// A panic in a goroutine of the cluster's side ends that side, or, over what a peer
+// sent, nothing but what has to do with that peer; both are counted.
+func TestPanicEndsTheClustersSide(t *testing.T) {
+	cfg := testConfig(t, "n", cluster.GenerateKey(), "")
+	n, err := New(cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", cfg.Cluster.DataAddress)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := newStack(n, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error)
+	go func() { ended <- st.run(t.Context()) }()
+	unlucky := func() { panic("no such luck") }
+	st.contain(partDataPort)(unlucky)
+	err = st.containCall(nil, nil, nil, func(any, grpc.ServerStream) error { panic("no such luck") })
+	if status.Code(err) != codes.Internal {
+		t.Errorf("the call ended with %v", err)
+	}
+	select {
+	case err := <-ended:
+		t.Fatalf("ended over what a peer sent: %v", err)
+	default:
+	}
+	st.containOrEnd(partSwarm)(unlucky)
+	if err := <-ended; err == nil || !strings.Contains(err.Error(), "swarm: panic: no such luck") {
+		t.Errorf("ended with %v", err)
+	}
+	counted := told(t, n)
+	for _, part := range []string{partDataPort, partGRPC, partSwarm} {
+		if got := counted[`imagewolf_panics_total{part="`+part+`"}`]; got != 1 {
+			t.Errorf("%s: %v panics counted, want 1", part, got)
 		}
 	}
 }

@@ -11,7 +11,9 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 
 	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/swarm"
@@ -45,6 +47,7 @@ type stack struct {
 	tracker   *tracker.Client
 	registrar *tracker.Registrar
 	seeds     sync.WaitGroup  // sessions that serve started
+	crashed   chan error      // has room for one: a panic that ends run
 	company   chan struct{}   // closed when members have been found, or nobody is to be waited for
 	ctx       context.Context // ends with run; for the sessions, which belong to the store
 	cancel    context.CancelFunc
@@ -54,12 +57,13 @@ type stack struct {
 // nothing.
 func newStack(n *Node, l net.Listener) (*stack, error) {
 	cfg := n.cfg
-	st := &stack{node: n, company: make(chan struct{}), port: cluster.NewDataPort(l, n.identity, n.log)}
+	st := &stack{node: n, company: make(chan struct{}), crashed: make(chan error, 1), port: cluster.NewDataPort(l, n.identity, n.log)}
 	st.ctx, st.cancel = context.WithCancel(context.Background())
+	st.port.Contain(st.contain(partDataPort))
 	c, err := cluster.New(cluster.Options{
 		Identity: n.identity, Name: cfg.Cluster.Name, BindAddr: cfg.Cluster.GossipAddress,
 		AdvertiseAddr: cfg.Cluster.AdvertiseAddress, DataAddress: l.Addr().String(),
-		Labels: cfg.Cluster.Labels, Join: cfg.Cluster.Join, Log: n.log,
+		Labels: cfg.Cluster.Labels, Join: cfg.Cluster.Join, Log: n.log, Contain: st.containOrEnd(partGossip),
 	})
 	if err != nil {
 		return nil, err
@@ -71,7 +75,7 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 			return n.identity.Dial(ctx, addr, cluster.ProtoBitTorrent)
 		},
 		UploadLimit: cfg.Swarm.UploadLimit.Bytes(), DownloadLimit: cfg.Swarm.DownloadLimit.Bytes(), Log: n.log,
-		Counter: n.metrics.Swarm(),
+		Counter: n.metrics.Swarm(), Contain: st.containOrEnd(partSwarm),
 	})
 	st.server = tracker.NewServer(tracker.ServerOptions{
 		StallTimeout: cfg.Tracker.StallTimeout.Duration(),
@@ -82,9 +86,10 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 			return tracker.Layout{Segments: l.Segments(), SegmentSize: l.SegmentSize, Pieces: l.Pieces}
 		},
 		PeerName: n.peerName(), Log: n.log, Counter: trackerCounter{n.metrics.Tracker(), n.counts(partTracker)},
+		Contain: st.contain(partTracker),
 	})
 	st.tracker = tracker.NewClient(tracker.ClientOptions{
-		Self: peer(c.Self()), Zone: c.Self().Zone(), Log: n.log,
+		Self: peer(c.Self()), Zone: c.Self().Zone(), Log: n.log, Contain: st.containOrEnd(partRegistrar),
 		Dial: func(_ context.Context, addr string) (*grpc.ClientConn, error) {
 			return grpc.NewClient("passthrough:///"+addr,
 				append(n.identity.GRPCDialOptions(), grpc.WithKeepaliveParams(keepalive.ClientParameters{
@@ -113,6 +118,7 @@ func (st *stack) run(ctx context.Context) error {
 	srv := grpc.NewServer(
 		grpc.Creds(st.node.identity.ServerCredentials()),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout}),
+		grpc.StreamInterceptor(st.containCall),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingEvery / 2, PermitWithoutStream: true}),
 	)
 	st.server.Register(srv)
@@ -131,6 +137,14 @@ func (st *stack) run(ctx context.Context) error {
 	part(partGRPC, func(context.Context) error { return srv.Serve(st.port.GRPC()) })
 	part(partMembership, st.follow)
 	g.Go(func() error {
+		select {
+		case err := <-st.crashed:
+			return err
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	g.Go(func() error {
 		<-ctx.Done()
 		st.cancel()  // sessions end first: they hold torrents and streams
 		<-registered // no more seeds begin
@@ -139,6 +153,37 @@ func (st *stack) run(ctx context.Context) error {
 		return nil
 	})
 	return errors.Join(g.Wait(), st.tracker.Close())
+}
+
+// contain returns what runs a goroutine of a part for one peer: its panic is
+// counted and logged, and costs that peer's connection or stream alone, or what
+// it was told would come round again and again.
+func (st *stack) contain(part string) func(work func()) {
+	return func(work func()) {
+		if err := st.node.guard(part, func() error { work(); return nil }); err != nil {
+			st.node.log.Error("panic over what a peer sent", "part", part, "err", err)
+		}
+	}
+}
+
+// containOrEnd returns what runs any other goroutine of a part: its panic is
+// counted, and ends the cluster's side, which begins anew.
+func (st *stack) containOrEnd(part string) func(work func()) {
+	return func(work func()) {
+		if err := st.node.guard(part, func() error { work(); return nil }); err != nil {
+			select {
+			case st.crashed <- named(part, err):
+			default: // it ends already
+			}
+		}
+	}
+}
+
+// containCall keeps a panic of a gRPC handler from ending the process.
+func (st *stack) containCall(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
+	err := status.Error(codes.Internal, "failed") // unless h returns
+	st.contain(partGRPC)(func() { err = h(srv, ss) })
+	return err
 }
 
 // follow tells the tracker's clients when the cluster's members have changed,

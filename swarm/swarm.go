@@ -72,6 +72,9 @@ type Options struct {
 	Log *slog.Logger
 	// Counter hears what is to be counted; nil: nobody does.
 	Counter Counter
+	// Contain runs what a goroutine of the swarm, not of the torrent library, does, and keeps its panic from ending the
+	// process; nil: nothing does.
+	Contain func(f func())
 }
 
 // Counter hears what an operator counts. Its methods are called with locks held,
@@ -125,6 +128,9 @@ type Swarm struct {
 func New(o Options) *Swarm {
 	if o.Counter == nil {
 		o.Counter = noCounter{}
+	}
+	if o.Contain == nil {
+		o.Contain = func(f func()) { f() }
 	}
 	s := &Swarm{
 		opts: o, upload: newLimiter(o.UploadLimit), download: newLimiter(o.DownloadLimit),
@@ -268,7 +274,7 @@ func (s *Swarm) Open(d digest.Digest, size int64, data Data) (*Blob, error) {
 		b.cancel()
 		return nil, fmt.Errorf("open %s: %w", d, err)
 	}
-	b.wg.Go(b.keep)
+	b.wg.Go(func() { s.opts.Contain(b.keep) })
 	return b, nil
 }
 

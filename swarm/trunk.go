@@ -276,7 +276,7 @@ func (s *Swarm) spawnLocked(f func()) bool {
 	if s.ended {
 		return false
 	}
-	s.work.Go(f)
+	s.work.Go(func() { s.opts.Contain(f) })
 	return true
 }
 

@@ -64,6 +64,9 @@ type ClientOptions struct {
 	// Trackers are the nodes that may be a blob's tracker, best first.
 	Trackers func(d digest.Digest) []Peer
 	Log      *slog.Logger
+	// Contain runs what a goroutine of the client or its Registrar does, and keeps
+	// its panic from ending the process; nil: nothing does.
+	Contain func(f func())
 }
 
 // Client joins blobs at their trackers. It is safe for concurrent use.
@@ -80,6 +83,9 @@ type Client struct {
 
 // NewClient returns a Client without connections. Close it.
 func NewClient(o ClientOptions) *Client {
+	if o.Contain == nil {
+		o.Contain = func(f func()) { f() }
+	}
 	return &Client{
 		o:        o,
 		conns:    &conns{dial: o.Dial, byAddr: map[string]*conn{}},

@@ -97,7 +97,7 @@ func (r *Registrar) Run(ctx context.Context) error {
 					if to == nil {
 						to = newLink(ctx, r, best[0])
 						links[best[0]] = to
-						wg.Go(to.run)
+						wg.Go(func() { r.c.o.Contain(to.run) })
 					}
 				}
 			}
@@ -215,6 +215,19 @@ func (l *link) run() {
 	}
 }
 
+// listen does what the tracker asks for until the stream ends.
+func (l *link) listen(stream api.Tracker_RegisterClient) error {
+	for {
+		cmd, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		if d := digest.Digest(cmd.GetServe()); l.r.holds(d) {
+			l.r.serve(d)
+		}
+	}
+}
+
 // stream registers everything that is wanted over a new stream, and then what
 // changes, until the stream breaks.
 func (l *link) stream() error {
@@ -233,16 +246,9 @@ func (l *link) stream() error {
 	}
 	broken := make(chan error, 1)
 	wg.Go(func() {
-		for {
-			cmd, err := stream.Recv()
-			if err != nil {
-				broken <- err
-				return
-			}
-			if d := digest.Digest(cmd.GetServe()); l.r.holds(d) {
-				l.r.serve(d)
-			}
-		}
+		err := errors.New("receiving has failed") // unless listen returns
+		l.r.c.o.Contain(func() { err = l.listen(stream) })
+		broken <- err
 	})
 	l.again()
 	self := &api.Peer{Name: l.r.c.o.Self.Name, Address: l.r.c.o.Self.Address}

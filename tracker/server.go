@@ -52,6 +52,9 @@ type ServerOptions struct {
 	Log *slog.Logger
 	// Counter hears what is to be counted; nil: nobody does.
 	Counter Counter
+	// Contain runs what a goroutine of a stream does, and keeps its panic from
+	// ending the process: the stream ends with Internal. nil: nothing does.
+	Contain func(f func())
 }
 
 // Counter hears what an operator counts. Its methods are called with locks held,
@@ -97,6 +100,9 @@ func NewServer(o ServerOptions) *Server {
 	o.StallTimeout = cmp.Or(o.StallTimeout, DefaultStallTimeout)
 	if o.Counter == nil {
 		o.Counter = noCounter{}
+	}
+	if o.Contain == nil {
+		o.Contain = func(f func()) { f() }
 	}
 	return &Server{
 		o:      o,
@@ -225,16 +231,22 @@ func (s *Server) with(d digest.Digest, f func(b *blob) error) error {
 			s.blobs[d] = b
 		}
 		s.mu.Unlock()
-		b.mu.Lock()
-		if b.dead { // dropped between the two locks
-			b.mu.Unlock()
-			continue
+		if gone, err := b.with(f); !gone {
+			return err
 		}
-		err := f(b)
-		b.reap()
-		b.mu.Unlock()
-		return err
 	}
+}
+
+// with is Server.with for a blob that may have been dropped: then f is not called.
+func (b *blob) with(f func(b *blob) error) (gone bool, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock() // also if f panics
+	if b.dead {
+		return true, nil
+	}
+	err = f(b)
+	b.reap()
+	return false, err
 }
 
 // reap drops the machine without members, and the blob without anybody. b.mu

@@ -446,3 +446,32 @@ func TestOneMemberCannotJoinEverything(t *testing.T) {
 		t.Error("refused although one has left")
 	}
 }
+
+// The panic of a goroutine that serves one stream costs that stream.
+func TestPanicCostsOneStreamOnly(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		var caught atomic.Int32
+		n.serve("t0", func(o *ServerOptions) {
+			o.PeerName = func(context.Context) (string, bool) {
+				if caught.Load() == 0 {
+					panic("no such luck")
+				}
+				return "", false
+			}
+			o.Contain = func(f func()) {
+				defer func() {
+					if recover() != nil {
+						caught.Add(1)
+					}
+				}()
+				f()
+			}
+		})
+		if _, err := rawJoin(t, n, helloOf("a", nil)).Recv(); status.Code(err) != codes.Internal {
+			t.Errorf("the stream ends with %v", err)
+		}
+		if _, err := rawJoin(t, n, helloOf("a", nil)).Recv(); err != nil || caught.Load() != 1 {
+			t.Errorf("joining again: %v; %d panics", err, caught.Load())
+		}
+	})
+}

@@ -102,12 +102,14 @@ func (s *Session) start(ctx context.Context, hello *api.Hello) error {
 	}
 	s.recv <- first // there is room
 	s.wg.Go(func() {
-		if err := s.out.drain(s.ctx, stream.Send); err != nil && s.ctx.Err() == nil && !errors.Is(err, io.EOF) {
-			s.fail(err)
-			s.cancel()
-		}
+		s.c.o.Contain(func() {
+			if err := s.out.drain(s.ctx, stream.Send); err != nil && s.ctx.Err() == nil && !errors.Is(err, io.EOF) {
+				s.fail(err)
+				s.cancel()
+			}
+		})
 	})
-	s.wg.Go(func() { s.receive(stream) })
+	s.wg.Go(func() { s.c.o.Contain(func() { s.receive(stream) }) })
 	return nil
 }
 

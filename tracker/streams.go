@@ -45,15 +45,19 @@ func (s *Server) serve(ctx context.Context, e *ender, send, receive func() error
 	if !s.enter(2) {
 		return status.Error(codes.Unavailable, "tracker is closing")
 	}
+	broken := status.Error(codes.Internal, "tracker failed")
 	go func() {
 		defer s.streams.Done()
-		if err := send(); err != nil {
+		err := broken // unless send returns
+		s.o.Contain(func() { err = send() })
+		if err != nil {
 			e.end(err)
 		}
 	}()
 	go func() {
 		defer s.streams.Done()
-		err := receive()
+		err := broken
+		s.o.Contain(func() { err = receive() })
 		if errors.Is(err, io.EOF) {
 			err = nil
 		}
