@@ -9,7 +9,7 @@ import (
 // A piece that was bad is the fault of whoever is known to send bad ones; those
 // whose chunks were mixed with his are left alone.
 func TestWhoIsToBlame(t *testing.T) {
-	b := newBlob(&Swarm{opts: Options{Log: slog.New(slog.DiscardHandler)}}, "sha256:x", 4<<20, nil)
+	b := newBlob(&Swarm{opts: Options{Log: slog.New(slog.DiscardHandler), Counter: noCounter{}}}, "sha256:x", 4<<20, nil)
 	defer b.cancel()
 	s := &segment{blob: b, senders: map[int]map[string]struct{}{}, good: map[int]struct{}{}, broken: map[int]struct{}{}}
 	now := time.Now()
