@@ -43,6 +43,7 @@ type Node struct {
 	identity *cluster.Identity
 	book     *book
 	metrics  *metrics.Metrics
+	meter    meter
 	store    *store.Store // set by Run before anything else starts
 
 	mu       sync.Mutex

@@ -2,12 +2,14 @@ package node
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
 
 	apiv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/node/metrics"
+	"github.com/imagewolf/imagewolf/swarm"
 )
 
 // look brings everybody up to date with what the content has become: the
@@ -47,6 +49,7 @@ func (s *session) progress(now time.Time) {
 	}
 	if s.blob != nil {
 		stats := s.blob.Stats()
+		s.measure(now, stats)
 		s.asLeecher = min(stats.Downloaded, s.size-s.from)
 		if stats.Uploaded > s.uploaded {
 			s.uploaded = stats.Uploaded
@@ -60,6 +63,21 @@ func (s *session) progress(now time.Time) {
 		s.report()
 	}
 	s.seen = state
+}
+
+// measure tells the meter what has come and gone since it was last told.
+func (s *session) measure(now time.Time, stats swarm.Stats) {
+	m, meter := &s.metered, &s.node.meter
+	meter.received(stats.Downloaded-m.in, false, m.at, now)
+	meter.sent(stats.Uploaded-m.out, m.at, now)
+	m.in, m.out, m.at = stats.Downloaded, stats.Uploaded, now
+	if s.state.Writing > 0 && s.seen.Writing == 0 {
+		m.broughtAt = now
+	}
+	if s.state.Brought != m.brought {
+		meter.received(s.state.Brought-m.brought, true, m.broughtAt, now)
+		m.brought, m.broughtAt = s.state.Brought, now
+	}
 }
 
 // offer has every segment that is whole and not yet told hashed and its
@@ -147,10 +165,13 @@ func (s *session) status() *apiv1.Status {
 	if s.state.Whole {
 		load = s.node.book.sends(s.digest, time.Now())
 	}
+	line, registry := s.node.meter.rates(time.Now())
 	return &apiv1.Status{
 		Prefix: s.state.Prefix, Present: s.state.Present,
 		CanFetch: s.state.Waiting > 0, Fetching: s.state.Writing > 0 && !s.state.Whole,
-		Whole: s.state.Whole, Load: load, Rank: rank, Busy: s.node.book.busy(s.digest, time.Now()) || s.receives(time.Now()),
+		Whole: s.state.Whole, Load: load, Rank: rank, Retracted: uint32(s.retracted),
+		Line: line, Registry: registry,
+		Busy: s.node.book.busy(s.digest, time.Now()) || s.receives(time.Now()),
 	}
 }
 
@@ -176,7 +197,7 @@ func (s *session) tell(now time.Time) {
 	}
 	only := proto.CloneOf(st)
 	only.Prefix, only.Present, only.Load, only.Rank = s.sent.GetPrefix(), s.sent.GetPresent(), s.sent.GetLoad(), s.sent.GetRank()
-	only.Busy = s.sent.GetBusy()
+	only.Busy, only.Line, only.Registry = s.sent.GetBusy(), s.sent.GetLine(), s.sent.GetRegistry()
 	if proto.Equal(only, s.sent) && now.Sub(s.sentAt) < statusEvery {
 		return
 	}
@@ -218,8 +239,29 @@ func (s *session) patience(now time.Time) {
 	}
 	if s.state.Writing == 0 && still >= cfg.StallTimeout.Duration() && now.Sub(s.askedAt) >= cfg.StallTimeout.Duration() {
 		s.askedAt = now
-		s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Ask{Ask: &apiv1.Ask{}}})
+		ask := &apiv1.Ask{}
+		if long := 2 * cfg.StallTimeout.Duration(); still >= long {
+			ask.Silent = s.silent(now.Add(-long))
+		}
+		s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Ask{Ask: ask}})
 	}
+}
+
+// silent returns the names of the peers that were told of before since and have
+// sent nothing after it. Some of them may have nothing to send, which the tracker
+// knows.
+func (s *session) silent(since time.Time) []string {
+	if s.blob == nil {
+		return nil
+	}
+	var names []string
+	for name, p := range s.met {
+		if p.at.Before(since) && !s.blob.Heard(p.address).After(since) && !s.blob.Heard(name).After(since) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
 }
 
 // bad is called when the assembled bytes did not have the digest. The store
@@ -233,13 +275,31 @@ func (s *session) bad(ctx context.Context) {
 	if s.blob != nil {
 		sources = s.stack.names(s.blob.Stats().Sources)
 	}
-	s.log.Error("bytes from the swarm do not have the digest: thrown away", "peers", sources, "times", s.failed)
-	s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Bad{Bad: &apiv1.Bad{}}})
+	own := s.blob != nil && s.blob.Stats().Downloaded == 0
+	if own {
+		s.log.Error("bytes from the registry do not have the digest: thrown away, here and wherever they were passed on to", "times", s.failed)
+	} else {
+		s.log.Error("bytes from the swarm do not have the digest: thrown away", "peers", sources, "times", s.failed)
+	}
+	s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Bad{Bad: &apiv1.Bad{Own: own}}})
 	s.ownWay = s.failed > 1 || s.blob == nil
 	s.restart(ctx)
 	if s.ownWay {
 		s.fetch(metrics.WrongBytes)
 	}
+}
+
+// retract throws away what came from others: the tracker knows it to be wrong,
+// because the node that brought it into the cluster has found that. The right
+// bytes are on their way as if these had never come.
+func (s *session) retract(ctx context.Context) {
+	s.retracted++
+	s.log.Warn("bytes from the swarm were wrong, as the node that fetched them has found: thrown away", "times", s.retracted)
+	s.content.Forget()
+	s.state, _ = s.content.Watch()
+	s.seen, s.movedAt = s.state, time.Now()
+	s.ownWay = s.ownWay || s.retracted > maxRetracted
+	s.restart(ctx)
 }
 
 // restart forgets all that was known of bytes that are no more.
@@ -248,8 +308,10 @@ func (s *session) restart(ctx context.Context) {
 	clear(s.pieces)
 	clear(s.recalled)
 	clear(s.peers)
+	clear(s.met)
 	clear(s.announced)
 	s.from, s.asLeecher = 0, 0
+	s.metered.in, s.metered.out = 0, 0
 	if err := s.open(ctx); err != nil {
 		s.log.Warn("blob is not shared", "err", err)
 	}

@@ -36,6 +36,9 @@ const (
 	// hastyRejoins is how many trackers in a row may end the stream within
 	// rejoinEvery before the session does without one for that long.
 	hastyRejoins = 3
+	// maxRetracted is how often bytes of a blob are taken back from a session
+	// before it goes by the registry alone.
+	maxRetracted = 4
 )
 
 // source is the blob of a session as this node has it: an ingest, or a blob
@@ -44,6 +47,7 @@ type source interface {
 	swarm.Data
 	Watch() (store.State, <-chan struct{})
 	Fetch() bool
+	Forget()
 	// exchange is the bytes for as long as they are not thrown away.
 	exchange() swarm.Data
 }
@@ -76,21 +80,38 @@ type session struct {
 	state      store.State
 	pieces     map[int][]byte   // hashes of the segments known so far
 	peers      map[int][]string // of segments that nobody here has wanted yet
+	met        map[string]met   // by name: the peers told so far
 	recalled   map[int][]byte   // hashes that this node made when it first had the blob
 	announced  map[int]bool     // segments whose torrents are ready here and told
 	sent       *apiv1.Status    // the last Status sent
 	sentAt     time.Time
 	inlineSent bool
 	ownWay     bool        // the swarm's bytes were wrong: only the registry is believed from here on
+	retracted  int         // times that the tracker took back what others had brought
 	seen       store.State // at the look before
 	failed     int         // State.Failed when last looked at
 	movedAt    time.Time   // when the last new byte was seen, or the wait began
 	askedAt    time.Time
 	usedAt     time.Time // when the session was last of use to anyone
 	started    time.Time
+	metered    metered
 	from       int64 // bytes that were here when the session began
 	asLeecher  int64 // bytes that came from peers
 	uploaded   int64 // bytes that went to peers
+}
+
+// metered is what of the blob's bytes the node's meter has been told.
+type metered struct {
+	at        time.Time // when it was last told
+	in, out   int64     // bytes from and to peers
+	brought   int64     // State.Brought
+	broughtAt time.Time // when that last grew, or a client was sent to the registry
+}
+
+// met is a peer that the tracker has told of.
+type met struct {
+	address string
+	at      time.Time // when it was first told
 }
 
 // trackerSession is the part of tracker.Session that a session speaks to.
@@ -109,9 +130,11 @@ func newSession(n *Node, st *stack, d digest.Digest, size int64, c source) *sess
 		layout:    swarm.LayoutOf(size),
 		pieces:    map[int][]byte{},
 		peers:     map[int][]string{},
+		met:       map[string]met{},
 		recalled:  map[int][]byte{},
 		announced: map[int]bool{},
 		movedAt:   now, usedAt: now, started: now,
+		metered: metered{at: now, broughtAt: now},
 	}
 }
 
@@ -125,6 +148,7 @@ func (s *session) run(ctx context.Context) {
 	defer s.node.leaving(s.digest)
 	state, changed := s.content.Watch()
 	s.state, s.from, s.failed = state, state.Present, state.Failed
+	s.metered.brought = state.Brought
 	s.node.book.enter(s.digest)
 	defer s.node.book.leave(s.digest)
 	if err := s.open(ctx); err != nil {
@@ -147,7 +171,7 @@ func (s *session) run(ctx context.Context) {
 				s.lost(ctx)
 				continue
 			}
-			s.handle(m)
+			s.handle(ctx, m)
 			continue
 		case o := <-s.offers.results():
 			s.offered(o)
@@ -274,7 +298,7 @@ func (s *session) fetch(reason string) {
 }
 
 // handle does what the tracker says.
-func (s *session) handle(m *apiv1.TrackerMessage) {
+func (s *session) handle(ctx context.Context, m *apiv1.TrackerMessage) {
 	s.node.book.decided(s.digest)
 	s.log.Debug("tracker says", "message", m, "prefix", s.state.Prefix)
 	switch m := m.GetMessage().(type) {
@@ -287,6 +311,8 @@ func (s *session) handle(m *apiv1.TrackerMessage) {
 		s.inline(m.Inline.GetData())
 	case *apiv1.TrackerMessage_Segment:
 		s.segment(m.Segment)
+	case *apiv1.TrackerMessage_Retract:
+		s.retract(ctx)
 	}
 }
 
@@ -326,6 +352,9 @@ func (s *session) segment(m *apiv1.Segment) {
 	}
 	for _, p := range m.GetPeers() {
 		s.peers[i] = append(s.peers[i], p.GetAddress())
+		if _, ok := s.met[p.GetName()]; !ok {
+			s.met[p.GetName()] = met{p.GetAddress(), time.Now()}
+		}
 	}
 	if !s.passive() {
 		s.leech(i)

@@ -3,7 +3,9 @@ package node
 import (
 	"bytes"
 	"log/slog"
+	"slices"
 	"testing"
+	"time"
 
 	apiv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/swarm"
@@ -17,7 +19,7 @@ func TestReplacedHashes(t *testing.T) {
 	p := newZoned(t, content, 1, 1).peers[0]
 	s := &session{
 		blob: p.blob, layout: swarm.LayoutOf(int64(len(content))), log: slog.New(slog.DiscardHandler),
-		pieces: map[int][]byte{}, peers: map[int][]string{}, announced: map[int]bool{},
+		pieces: map[int][]byte{}, peers: map[int][]string{}, met: map[string]met{}, announced: map[int]bool{},
 	}
 	hashes := func(with byte) []byte { return bytes.Repeat([]byte{with}, 20*s.layout.Pieces(0)) }
 	told := func(seg int, pieces []byte) {
@@ -32,5 +34,45 @@ func TestReplacedHashes(t *testing.T) {
 		if !bytes.Equal(s.pieces[seg], want) {
 			t.Errorf("segment %d goes by hashes of %d, want %d", seg, s.pieces[seg][0], want[0])
 		}
+	}
+}
+
+// TestSilent: peers are silent that were told of long ago and have sent nothing
+// since, by either of their names.
+func TestSilent(t *testing.T) {
+	content := make([]byte, 2*mib)
+	nodes := newZoned(t, content, 2, 1).peers
+	seeder, leecher := nodes[0], nodes[1]
+	if err := seeder.data.MarkPresent(0, int64(len(content))); err != nil {
+		t.Fatal(err)
+	}
+	pieces, err := seeder.blob.Offer(t.Context(), 0, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := time.Now()
+	if err := leecher.blob.Leech(0, pieces, []string{seeder.addr}); err != nil {
+		t.Fatal(err)
+	}
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for !leecher.blob.Ready(0) {
+		select {
+		case <-tick.C:
+		case <-time.After(20 * time.Second):
+			t.Fatal("nothing was sent")
+		}
+	}
+	long := before.Add(-time.Minute)
+	s := &session{blob: leecher.blob, met: map[string]met{
+		"sends":    {seeder.addr, long},
+		"does not": {"127.0.0.1:1", long},
+		"is new":   {"127.0.0.1:2", before.Add(time.Hour)},
+	}}
+	if got, want := s.silent(before), []string{"does not"}; !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+	if got, want := s.silent(time.Now().Add(time.Second)), []string{"does not", "sends"}; !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
 	}
 }

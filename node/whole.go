@@ -23,6 +23,9 @@ func (b wholeBlob) exchange() swarm.Data { return b }
 // Fetch has no client to send.
 func (wholeBlob) Fetch() bool { return false }
 
+// Forget has nothing that is not known to be right.
+func (wholeBlob) Forget() {}
+
 // WriteAt refuses: the blob is whole.
 func (wholeBlob) WriteAt([]byte, int64) (int, error) {
 	return 0, fmt.Errorf("blob is whole: %w", errdefs.ErrFailedPrecondition)

@@ -20,6 +20,7 @@ const (
 // account is what is known of one peer's doings in one blob.
 type account struct {
 	bytes     int64
+	last      time.Time // when the last of them came
 	good, bad int       // pieces it had a part in
 	until     time.Time // left out before that
 	banned    bool
@@ -69,7 +70,8 @@ func (s *segment) received(peer string, piece, n int) {
 	b.acct.Lock()
 	defer b.acct.Unlock()
 	s.moved = now
-	b.account(peer).bytes += int64(n)
+	a := b.account(peer)
+	a.bytes, a.last = a.bytes+int64(n), now
 	from := s.senders[piece]
 	if from == nil {
 		from = map[string]struct{}{}
@@ -139,6 +141,7 @@ func (s *segment) failed(piece int, now time.Time) {
 				b.swarm.opts.Counter.ShutOut()
 			}
 			a.banned = true
+			b.swarm.opts.Log.Warn("peer banned from blob", "digest", b.digest, "peer", p, "reason", "it sent a bad piece")
 		case p != best:
 			a.until = now.Add(isolation)
 		default:

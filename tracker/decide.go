@@ -11,8 +11,8 @@ import (
 // event that may matter to that and when wake is reached.
 func (m *Machine) decide(now time.Time) {
 	m.wake = time.Time{}
-	m.releaseOutcasts(now)
 	m.expireTold(now)
+	m.releaseOutcasts(now)
 	if m.starving == 0 {
 		m.vacant = time.Time{}
 		m.rest()
@@ -164,14 +164,22 @@ func (m *Machine) tainting() bool {
 	return false
 }
 
-// hedge sends one more member to the registry when all fetchers stand still.
+// hedge sends one more member to the registry when all fetchers stand still, or
+// would be long over what another has in no time.
 func (m *Machine) hedge(now time.Time) {
-	due := m.lastTell.Add(m.stall)
+	still := m.lastTell.Add(m.stall)
+	if !m.small() && m.covered == len(m.segs) {
+		// The members have all that a fetcher would bring, as in supplied.
+		still = later(still, m.progressed.Add(2*m.stall))
+	}
+	due := still
 	for _, f := range m.fetchers {
 		if f.present >= m.size {
 			return // has all, is checking it
 		}
-		due = later(due, f.moved.Add(m.patience(now, f)))
+		stands := f.moved.Add(m.patience(now, f))
+		still = later(still, stands)
+		due = later(due, earlier(stands, m.outpaced(now, f)))
 		if f.works(now, m.stall) {
 			m.wakeAt(f.busyAt.Add(m.stall))
 		}
@@ -187,10 +195,47 @@ func (m *Machine) hedge(now time.Time) {
 	if best == nil {
 		best = m.candidate(false)
 	}
+	if now.Before(still) && (best == nil || m.slow(best)) {
+		m.wakeAt(still)
+		return
+	}
 	if best != nil {
 		m.tell(now, best)
 		m.wakeAt(now.Add(m.stall))
 	}
+}
+
+// outpaced is when a fetcher is to get one beside it because its line is slow;
+// the zero time for never.
+func (m *Machine) outpaced(now time.Time, f *member) time.Time {
+	rest := time.Duration(float64(m.size-f.present) / float64(max(f.line, 1)) * float64(time.Second))
+	if !f.fetching || !m.slow(f) || rest < slowRest {
+		f.slow = time.Time{}
+		return time.Time{}
+	}
+	if f.slow.IsZero() {
+		f.slow = now
+	}
+	return f.slow.Add(m.stall)
+}
+
+// slow says whether a member's line is known to be slow: a registry has sent
+// another many times as much per second as ever came in there, or went out, from
+// wherever. So it is not the registry that is slow, nor is the line full: all that
+// comes over it counts. Where a registry is slow for everyone, so are all lines as
+// far as is known, and a node that is not slow has sent on what it got.
+func (m *Machine) slow(x *member) bool { return x.line > 0 && x.line <= m.fastest/slowFactor }
+
+// compareLines orders members by whether their lines are slow: those come last.
+func (m *Machine) compareLines(a, b *member) int {
+	sa, sb := m.slow(a), m.slow(b)
+	switch {
+	case sa == sb:
+		return 0
+	case sa:
+		return 1
+	}
+	return -1
 }
 
 // patience is how long a fetcher may stand still before another is sent beside
@@ -241,7 +286,11 @@ func (m *Machine) expireTold(now time.Time) {
 			continue
 		}
 		f.told = time.Time{}
-		f.tells++
+		if f.tells++; f.tells > 1 {
+			m.castOut(f, "it was told to fetch and did not, again")
+		} else {
+			m.name(f.name, "it was told to fetch and did not")
+		}
 		m.sort(now, f)
 	}
 }
@@ -269,7 +318,7 @@ func (m *Machine) candidate(idle bool) *member {
 }
 
 // better says whether a is to fetch rather than b. Those whose bytes may be
-// wrong, and those that did nothing when told, come last; the longest prefix
+// wrong, those that did nothing when told, and those on slow lines come last; the longest prefix
 // leaves the least to fetch; the rest spreads the layers of one image over the
 // nodes.
 func (m *Machine) better(a, b *member) bool {
@@ -278,6 +327,7 @@ func (m *Machine) better(a, b *member) bool {
 	}
 	return cmp.Or(
 		cmp.Compare(a.tells, b.tells),
+		m.compareLines(a, b),
 		cmp.Compare(m.reached(b), m.reached(a)),
 		cmp.Compare(a.load, b.load),
 		cmp.Compare(min(a.rank, 1), min(b.rank, 1)),
@@ -312,6 +362,7 @@ func (m *Machine) askSeeders(now time.Time) {
 		until := s.asked.Add(m.stall)
 		if !now.Before(until) {
 			s.failed = true
+			m.name(s.name, "it registered the blob and did not come when it was asked for it")
 			continue
 		}
 		m.wakeAt(until)

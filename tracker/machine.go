@@ -54,6 +54,12 @@ const (
 	// busyStalls is after how many stall timeouts a fetcher is given up that
 	// gets bytes of other blobs all the while.
 	busyStalls = 5
+	// slowFactor is how many times as fast as its line another member has had
+	// bytes from a registry, for a member's line to be called slow.
+	slowFactor = 8
+	// slowRest is how long a fetcher on a slow line must have to go yet for
+	// another to be sent beside it.
+	slowRest = 5 * time.Second
 	// askAgain is how often a member's Ask is listened to.
 	askAgain = 250 * time.Millisecond
 	// sweepEvery is how often all leechers are looked at.
@@ -86,6 +92,9 @@ const (
 	maxSize    = 1 << 40 // bytes of a blob
 	sha1Size   = 20
 )
+
+// wrongHashes is why a member is shut out that two others found wrong.
+const wrongHashes = "it was wrong about what the bytes are"
 
 // ErrFull is returned by Machine.Join when a blob has as many members as one
 // tracker serves.
@@ -120,8 +129,9 @@ type Command struct {
 	To    string              // the member's or the seeder's name
 	Msg   *api.TrackerMessage // to member To; nil when Serve
 	Serve bool                // ask the registered seeder To to join the blob
-	// Outcast says that To was shut out of the blob. Nothing is sent; it is for
-	// the log.
+	// Reason is what member or seeder To is named for, and Outcast says that it
+	// was shut out of the blob for that. Nothing is sent; it is for the log.
+	Reason  string
 	Outcast bool
 }
 
@@ -149,6 +159,7 @@ type Machine struct {
 	pool     []*member            // members that swarm with each other
 	zones    map[string][]*member // pool by zone
 	starving int                  // leechers that lack bytes
+	fastest  int64                // bytes/s: the most that a member has said it had from a registry
 
 	begun       bool      // a fetcher has been told before
 	vacant      time.Time // since when leechers starve without a fetcher
@@ -164,7 +175,8 @@ type Machine struct {
 
 	bad        map[string][]string // author of wrong piece hashes -> names of those that reported them
 	outcasts   bool                // there is or was an outcast
-	badPairs   int
+	mute       map[string][]string // member that announced and sent nothing -> names of those that waited for it
+	badPairs   int                 // entries of bad and mute
 	mismatches int
 
 	out []Command
@@ -184,6 +196,7 @@ func NewMachine(d digest.Digest, size int64, o MachineOptions) *Machine {
 		seeders: map[string]*seeder{},
 		zones:   map[string][]*member{},
 		bad:     map[string][]string{},
+		mute:    map[string][]string{},
 	}
 	if !m.small() {
 		m.layout = o.Layout(size)
@@ -228,7 +241,7 @@ func (m *Machine) Join(now time.Time, hello *api.Hello) ([]Command, error) {
 	at, _ := m.find(name)
 	m.list = slices.Insert(m.list, at, x)
 	if m.banned(name) {
-		m.castOut(x)
+		m.castOut(x, "it was shut out before")
 	}
 	m.apply(now, x, hello.GetStatus())
 	for _, a := range hello.GetAnnounced() {
@@ -283,10 +296,15 @@ func (m *Machine) Message(now time.Time, name string, msg *api.MemberMessage) []
 		m.takeInline(now, x, t.Inline.GetData())
 		m.decide(now)
 	case *api.MemberMessage_Ask:
+		m.complain(now, x, t.Ask.GetSilent())
 		m.ask(now, x)
 		m.decide(now)
 	case *api.MemberMessage_Bad:
-		m.reportBad(now, x)
+		if t.Bad.GetOwn() {
+			m.retract(now, x)
+		} else {
+			m.reportBad(now, x)
+		}
 		m.decide(now)
 	}
 	return m.take()
@@ -423,6 +441,43 @@ func (m *Machine) reportBad(now time.Time, x *member) {
 	m.lose(now, x)
 }
 
+// retract is told by x that the blob did not have its digest although nothing
+// of it came from others: the registry sent x other bytes, and x has handed them
+// on. All that have anything by x's hashes throw it away now, before one of them
+// is sent to the registry behind it or finds out only at the end. Nobody is to
+// blame.
+func (m *Machine) retract(now time.Time, x *member) {
+	var told []*member
+	for i := range m.segs {
+		if m.segs[i].author != x.name {
+			continue
+		}
+		for _, y := range m.list {
+			if y != x && !y.whole && y.knows[i] && !slices.Contains(told, y) {
+				told = append(told, y)
+			}
+		}
+		m.reset(i)
+	}
+	for _, y := range told {
+		y.mending = y.class == fetcher && y.from > 0
+		y.retracts++
+		y.prefix, y.present, y.suspect = 0, 0, false
+		m.send(y, &api.TrackerMessage{Message: &api.TrackerMessage_Retract{Retract: &api.Retract{}}})
+		clear(y.knows)
+		clear(y.given)
+		m.unhold(now, y)
+		m.sort(now, y)
+	}
+	for _, y := range told {
+		m.welcome(now, y)
+	}
+	x.prefix, x.present, x.suspect, x.mending = 0, 0, false, false
+	m.sort(now, x)
+	m.lose(now, x)
+	m.name(x.name, "the registry sent it bytes that do not have the digest")
+}
+
 // reported says whether a member has blamed anyone.
 func (m *Machine) reported(name string) bool {
 	for _, by := range m.bad {
@@ -464,19 +519,63 @@ func (m *Machine) blame(now time.Time, x *member, name string) {
 		return
 	}
 	if y != nil && !y.banned {
-		m.castOut(y)
+		m.castOut(y, wrongHashes)
 		m.sort(now, y)
 		m.disown(now, y)
 	}
 }
 
+// complain is told by x, which stands still, of whom it has had no byte for twice
+// the stall timeout. That counts against those that have announced something that x
+// was sent to them for, and of whom nobody is known to have had a segment: honest
+// nodes, however slow, are through with one some time. What one says gets such a
+// member named, what two say shut out.
+func (m *Machine) complain(now time.Time, x *member, names []string) {
+	for _, name := range names[:min(len(names), maxGiven)] {
+		y := m.members[name]
+		by := m.mute[name]
+		if y == nil || y.banned || y.proven || slices.Contains(by, x.name) || m.badPairs >= maxBad || !m.owes(now, y, x) {
+			continue
+		}
+		m.badPairs++
+		m.mute[name] = append(by, x.name)
+		if !m.banned(name) {
+			m.name(name, "it announced segments and sent nothing of them to one who waits")
+			continue
+		}
+		m.castOut(y, "it announced segments and sent nothing of them to two who wait")
+		m.sort(now, y)
+		m.disown(now, y)
+	}
+}
+
+// owes says whether x has waited for long for a segment that y announced, and
+// knows y.
+func (m *Machine) owes(now time.Time, y, x *member) bool {
+	// It looks less often than this machine, by a clock of its own.
+	if long := 2*m.stall - askAgain; now.Sub(x.moved) < long || now.Sub(y.heard) < long {
+		return false
+	}
+	for i := range m.segs {
+		if y.has[i] && slices.Contains(x.given[i], y) {
+			return true
+		}
+	}
+	return false
+}
+
 // banned says whether a node is banned for everyone.
-func (m *Machine) banned(name string) bool { return len(m.bad[name]) >= 2 }
+func (m *Machine) banned(name string) bool { return len(m.bad[name]) >= 2 || len(m.mute[name]) >= 2 }
 
 // castOut bans a member for everyone; the caller sorts it.
-func (m *Machine) castOut(x *member) {
+func (m *Machine) castOut(x *member, reason string) {
 	x.banned, m.outcasts = true, true
-	m.out = append(m.out, Command{To: x.name, Outcast: true})
+	m.out = append(m.out, Command{To: x.name, Reason: reason, Outcast: true})
+}
+
+// name has a member or seeder named in the log.
+func (m *Machine) name(who, reason string) {
+	m.out = append(m.out, Command{To: who, Reason: reason})
 }
 
 // tainted says whether x has reported the hashes that segment i goes by, or

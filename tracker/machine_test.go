@@ -41,7 +41,7 @@ func testLayout(size int64) Layout {
 //
 // Commands are compared as a sorted set; a line without > wants none. Events:
 // join, status (key=value and flags), leave, announce <segment> [hashes],
-// inline [text], ask, bad, seeder, unseeder, tick. Before a line's
+// inline [text], ask [silent...], bad [own], seeder, unseeder, tick. Before a line's
 // event the machine is ticked as it asks for; what that yields counts for a
 // tick line and is an error before any other.
 type script struct {
@@ -147,9 +147,9 @@ func (s *script) event(now time.Time, f []string) []Command {
 		}
 		msg.Message = &api.MemberMessage_Inline{Inline: &api.Inline{Data: data}}
 	case "ask":
-		msg.Message = &api.MemberMessage_Ask{Ask: &api.Ask{}}
+		msg.Message = &api.MemberMessage_Ask{Ask: &api.Ask{Silent: f[2:]}}
 	case "bad":
-		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{}}
+		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{Own: slices.Contains(f, "own")}}
 	default:
 		s.t.Fatalf("unknown event %q", f[0])
 	}
@@ -157,7 +157,8 @@ func (s *script) event(now time.Time, f []string) []Command {
 }
 
 // status applies words to a status: can, fetching, busy, whole (each negated by a
-// leading -), prefix= and present= in MiB, load=, rank=; and to a hello:
+// leading -), prefix= and present= in MiB, line= and registry= in MiB/s, load=,
+// rank=, retracted=; and to a hello:
 // zone=, resumed, has=0+1+2.
 func (s *script) status(st *api.Status, words []string, h *api.Hello) {
 	for _, w := range words {
@@ -180,6 +181,12 @@ func (s *script) status(st *api.Status, words []string, h *api.Hello) {
 			st.Present = int64(n * mib)
 		case "load":
 			st.Load = uint32(n)
+		case "line":
+			st.Line = int64(n * mib)
+		case "registry":
+			st.Registry = int64(n * mib)
+		case "retracted":
+			st.Retracted = uint32(n)
 		case "rank":
 			st.Rank = uint32(n)
 		case "zone":
@@ -214,6 +221,8 @@ func show(out []Command) []string {
 			what = "fetch"
 		case *api.TrackerMessage_Inline:
 			what = "inline"
+		case *api.TrackerMessage_Retract:
+			what = "retract"
 		case *api.TrackerMessage_Segment:
 			var names []string
 			for _, p := range t.Segment.GetPeers() {
@@ -229,20 +238,25 @@ func show(out []Command) []string {
 		if c.Serve {
 			what += "serve"
 		}
-		if c.Outcast {
+		switch {
+		case c.Outcast:
 			what += "out"
+		case c.Reason != "":
+			what += "named"
 		}
 		lines = append(lines, c.To+" "+what)
 	}
 	return lines
 }
 
-var machineTests = []struct {
+type machineTest struct {
 	name    string
 	small   bool
 	members int // of the cluster, 0 unknown
 	lines   string
-}{
+}
+
+var machineTests = []machineTest{
 	{name: "the first idle member fetches at once, the others wait", lines: `
 			0s    join a can            > a fetch
 			1ms   join b can            > b wait
@@ -443,6 +457,7 @@ var machineTests = []struct {
 			2s    tick                  > b fetch
 			2s    status b fetching -can
 			3900ms status b prefix=2
+			4s    tick                  > a named
 			5s    leave b               > a fetch`},
 	{name: "a small blob travels inline", small: true, lines: `
 			0s    join a can            > a fetch
@@ -480,8 +495,8 @@ var machineTests = []struct {
 			0s    seeder s2
 			0s    join a can            > a wait, s1 serve
 			1990ms tick
-			2s    tick                  > s2 serve
-			4s    tick                  > a fetch`},
+			2s    tick                  > s2 serve, s1 named
+			4s    tick                  > a fetch, s2 named`},
 	{name: "a seeder that comes and announces nothing is no source", lines: `
 			0s    seeder s1
 			0s    join a can            > a wait, s1 serve
@@ -589,7 +604,7 @@ var machineTests = []struct {
 }
 
 func TestMachine(t *testing.T) {
-	for _, c := range machineTests {
+	for _, c := range append(machineTests, troubleTests...) {
 		t.Run(c.name, func(t *testing.T) {
 			d, size := testDigest, int64(testSize)
 			if c.small {

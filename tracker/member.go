@@ -33,6 +33,8 @@ type member struct {
 	busy            bool
 	busyAt          time.Time // when it was last heard to be busy
 	load, rank      uint32
+	retracted       uint32 // Retract messages it has taken
+	line, registry  int64  // bytes/s
 
 	class   class
 	banned  bool // for everyone
@@ -46,12 +48,19 @@ type member struct {
 	knows []bool      // per segment: has been sent the piece hashes
 	given [][]*member // per segment that it lacks: the peers it was told
 
+	// retracts is how many Retract messages it is to have taken: what it says
+	// before it has does not count.
+	retracts uint32
+
 	chosen  int           // times it was first hop or a zone's entry
 	told    time.Time     // when it was told to fetch; zero once it is known to, or not to
 	losses  int           // times it had fewer bytes than before
 	suspect bool          // it has bytes by hashes that another member found wrong
 	mending bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones
+	proven  bool          // another has had a segment from it
 	tells   int           // times it was told in vain
+	slow    time.Time     // since when it is known to be a slow fetcher; zero if it is not
+	from    int64         // bytes from 0 on that it had when it became fetcher
 	moved   time.Time     // when it last had more bytes, or became fetcher
 	gap     time.Duration // between the last moves of a fetcher; 0 before its first byte
 	heard   time.Time     // when it joined or last brought something for the others
@@ -78,14 +87,22 @@ func newMember(now time.Time, h *api.Hello, segments int) *member {
 		knows: make([]bool, segments),
 		given: make([][]*member, segments),
 		moved: now, heard: now, nudged: now,
+		retracts: h.GetStatus().GetRetracted(),
 	}
 }
+
+// stale says that the member speaks of bytes that it is about to throw away,
+// because it has been told so.
+func (x *member) stale() bool { return x.retracted < x.retracts }
 
 // apply takes over a member's status and says whether anything has changed
 // that decide has to know of.
 func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	prefix := min(max(s.GetPrefix(), 0), m.size)
 	present := min(max(s.GetPresent(), prefix), m.size)
+	if x.retracted = s.GetRetracted(); x.stale() && !s.GetWhole() {
+		prefix, present = 0, 0
+	}
 	if present != x.present {
 		if x.class == fetcher {
 			x.gap = max(now.Sub(x.moved), x.gap/2)
@@ -96,6 +113,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		}
 	}
 	changed := x.class == gone || x.canFetch != s.GetCanFetch() || x.fetching != s.GetFetching() ||
+		x.line != s.GetLine() || x.registry != s.GetRegistry() ||
 		x.whole != s.GetWhole() || x.load != s.GetLoad() || x.busy != s.GetBusy() || (x.present < m.size) != (present < m.size) ||
 		(!m.vacant.IsZero() && prefix > x.prefix && prefix >= m.reach(x))
 	if s.GetWhole() && !x.whole {
@@ -118,6 +136,8 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	x.prefix, x.present = prefix, present
 	x.canFetch, x.fetching, x.whole = s.GetCanFetch(), s.GetFetching(), s.GetWhole()
 	x.load, x.rank, x.busy = s.GetLoad(), s.GetRank(), s.GetBusy()
+	x.line, x.registry = s.GetLine(), s.GetRegistry()
+	m.fastest = max(m.fastest, x.registry)
 	if x.busy {
 		x.busyAt = now
 	}
@@ -139,7 +159,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 // away, and tells it anew what there is.
 func (m *Machine) lose(now time.Time, x *member) {
 	if x.losses++; x.losses > maxLosses {
-		m.castOut(x) // no honest disk does that; and every loss is felt by all
+		m.castOut(x, "it lost its bytes again and again") // no honest disk does that; and every loss is felt by all
 		m.sort(now, x)
 		m.disown(now, x)
 		return
@@ -171,6 +191,7 @@ func (m *Machine) reclass(now time.Time, x *member, to class) {
 	}
 	if x.class != fetcher && to == fetcher {
 		x.gap, x.fetched = 0, true
+		x.from, x.slow = m.reached(x), time.Time{}
 		m.fetchers = append(m.fetchers, x)
 		m.promote(now, x)
 	}

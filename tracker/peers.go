@@ -31,11 +31,19 @@ type segment struct {
 
 func (s *segment) holders() int { return len(s.origins) + len(s.relays) }
 
+// prove notes, when another has got the segment from its holders, that it was from
+// this one if there is one only.
+func (s *segment) prove() {
+	if s.holders() == 1 {
+		append(slices.Clone(s.origins), s.relays...)[0].proven = true
+	}
+}
+
 // announce notes that x holds a segment and tells those that lack it. It says
 // whether nobody held the segment before.
 func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 	i := int(a.GetSegment())
-	if i >= len(m.segs) || x.has[i] || x.banned || len(a.GetPieces()) != sha1Size*m.layout.Pieces(i) {
+	if i >= len(m.segs) || x.has[i] || x.banned || x.stale() || len(a.GetPieces()) != sha1Size*m.layout.Pieces(i) {
 		return false
 	}
 	s := &m.segs[i]
@@ -57,6 +65,9 @@ func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 	first := s.holders() == 0
 	// A leecher has it from the swarm, if it was shown the way there.
 	origin := x.class == fetcher || len(x.given[i]) == 0
+	if !origin {
+		s.prove()
+	}
 	if origin {
 		s.origins = append(s.origins, x)
 	} else {
@@ -184,7 +195,7 @@ func (m *Machine) choose(i int, from []*member, fits func(*member) bool, rank fu
 			best = y
 			continue
 		}
-		order := cmp.Or(cmp.Compare(rank(y), rank(best)), cmp.Compare(y.chosen, best.chosen))
+		order := cmp.Or(m.compareLines(y, best), cmp.Compare(rank(y), rank(best)), cmp.Compare(y.chosen, best.chosen))
 		if order < 0 || (order == 0 && m.heavier(i, y, best)) {
 			best = y
 		}

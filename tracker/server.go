@@ -60,8 +60,11 @@ type ServerOptions struct {
 // Counter hears what an operator counts. Its methods are called with locks held,
 // from any goroutine, and must return at once.
 type Counter interface {
-	// ShutOut counts a member that is shut out of a blob.
+	// ShutOut counts a member that is shut out of a blob for its piece hashes.
 	ShutOut()
+	// Broke counts a member or seeder that is named because it did not do as it
+	// had said, whether it is shut out for that or not.
+	Broke()
 	// Mismatched counts a member's report that the bytes of a blob were wrong.
 	Mismatched()
 	// Panicked counts a machine that panicked and was dropped.
@@ -72,6 +75,7 @@ type Counter interface {
 type noCounter struct{}
 
 func (noCounter) ShutOut()    {}
+func (noCounter) Broke()      {}
 func (noCounter) Mismatched() {}
 func (noCounter) Panicked()   {}
 
@@ -330,9 +334,8 @@ func (b *blob) guard(event func(m *Machine, now time.Time) ([]Command, error)) (
 // dispatch queues one command; b.mu must be held. It never blocks: a member
 // that does not read is let go.
 func (b *blob) dispatch(c Command) {
-	if c.Outcast {
-		b.s.o.Counter.ShutOut()
-		b.s.o.Log.Warn("member shut out of blob: it was wrong about what the bytes are", "digest", b.digest, "member", c.To)
+	if c.Reason != "" {
+		b.s.blame(b.digest, c)
 		return
 	}
 	if c.Serve {
@@ -344,6 +347,21 @@ func (b *blob) dispatch(c Command) {
 	if st := b.members[c.To]; st != nil && !st.out.put(c.Msg) {
 		st.end(status.Errorf(codes.ResourceExhausted, "%s does not read", c.To))
 	}
+}
+
+// blame names in the log a node that did not do as it had said, and says whether
+// it was shut out of the blob for that.
+func (s *Server) blame(d digest.Digest, c Command) {
+	text := "member did not do as it said"
+	if c.Outcast {
+		text = "member shut out of blob"
+	}
+	if c.Reason == wrongHashes {
+		s.o.Counter.ShutOut()
+	} else {
+		s.o.Counter.Broke()
+	}
+	s.o.Log.Warn(text, "peer", c.To, "digest", d, "reason", c.Reason)
 }
 
 // open makes a machine for members that say the blob has this size, and tells

@@ -229,9 +229,10 @@ func TestPanicCostsOneBlobOnly(t *testing.T) {
 }
 
 // tally is a Counter.
-type tally struct{ shutOut, mismatched, panicked atomic.Int32 }
+type tally struct{ shutOut, broke, mismatched, panicked atomic.Int32 }
 
 func (c *tally) ShutOut()    { c.shutOut.Add(1) }
+func (c *tally) Broke()      { c.broke.Add(1) }
 func (c *tally) Mismatched() { c.mismatched.Add(1) }
 func (c *tally) Panicked()   { c.panicked.Add(1) }
 

@@ -420,7 +420,7 @@ func fuzzEvent(m *Machine, now time.Time, next func() int) {
 		m.SeederRemoved(now, name)
 		return
 	case 5:
-		msg.Message = &api.MemberMessage_Ask{}
+		msg.Message = &api.MemberMessage_Ask{Ask: &api.Ask{Silent: []string{"a", "b", string(rune('a' + next()%6))}}}
 	case 6:
 		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{}}
 	case 7:

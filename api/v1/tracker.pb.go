@@ -383,6 +383,9 @@ type Status struct {
 	Load          uint32                 `protobuf:"varint,6,opt,name=load,proto3" json:"load,omitempty"`                         // other blobs that this node is fetching right now; where it has this one whole, that it is sending
 	Rank          uint32                 `protobuf:"varint,7,opt,name=rank,proto3" json:"rank,omitempty"`                         // blobs this node asked for before this one that are still undecided or being fetched
 	Busy          bool                   `protobuf:"varint,8,opt,name=busy,proto3" json:"busy,omitempty"`                         // bytes of other blobs, or bytes of this one that are not checked yet, came in here within the last seconds
+	Retracted     uint32                 `protobuf:"varint,9,opt,name=retracted,proto3" json:"retracted,omitempty"`               // Retract messages taken so far of this blob
+	Line          int64                  `protobuf:"varint,10,opt,name=line,proto3" json:"line,omitempty"`                        // bytes/s that came in here or went out in the best second lately, all blobs together; 0: not known, no transfer was long enough to tell
+	Registry      int64                  `protobuf:"varint,11,opt,name=registry,proto3" json:"registry,omitempty"`                // bytes/s that came in here from registries in the best second lately; 0: not known
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -473,6 +476,27 @@ func (x *Status) GetBusy() bool {
 	return false
 }
 
+func (x *Status) GetRetracted() uint32 {
+	if x != nil {
+		return x.Retracted
+	}
+	return 0
+}
+
+func (x *Status) GetLine() int64 {
+	if x != nil {
+		return x.Line
+	}
+	return 0
+}
+
+func (x *Status) GetRegistry() int64 {
+	if x != nil {
+		return x.Registry
+	}
+	return 0
+}
+
 // Inline carries a whole small blob (at most 64 KiB).
 type Inline struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -521,6 +545,7 @@ func (x *Inline) GetData() []byte {
 // Ask is sent by a member that has seen no new byte for a while.
 type Ask struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Silent        []string               `protobuf:"bytes,1,rep,name=silent,proto3" json:"silent,omitempty"` // names of peers that it was told of twice the stall timeout ago or longer, and that have sent no byte of the blob since
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -555,11 +580,19 @@ func (*Ask) Descriptor() ([]byte, []int) {
 	return file_api_v1_tracker_proto_rawDescGZIP(), []int{6}
 }
 
+func (x *Ask) GetSilent() []string {
+	if x != nil {
+		return x.Silent
+	}
+	return nil
+}
+
 // Bad says that the blob that was assembled did not have its digest, and that
 // what came from other members was thrown away. The tracker knows by whose
 // piece hashes it came.
 type Bad struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Own           bool                   `protobuf:"varint,1,opt,name=own,proto3" json:"own,omitempty"` // nothing of it came from other members: it is what this member itself announced that was wrong
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -594,6 +627,13 @@ func (*Bad) Descriptor() ([]byte, []int) {
 	return file_api_v1_tracker_proto_rawDescGZIP(), []int{7}
 }
 
+func (x *Bad) GetOwn() bool {
+	if x != nil {
+		return x.Own
+	}
+	return false
+}
+
 type TrackerMessage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -602,6 +642,7 @@ type TrackerMessage struct {
 	//	*TrackerMessage_Fetch
 	//	*TrackerMessage_Segment
 	//	*TrackerMessage_Inline
+	//	*TrackerMessage_Retract
 	Message       isTrackerMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -680,6 +721,15 @@ func (x *TrackerMessage) GetInline() *Inline {
 	return nil
 }
 
+func (x *TrackerMessage) GetRetract() *Retract {
+	if x != nil {
+		if x, ok := x.Message.(*TrackerMessage_Retract); ok {
+			return x.Retract
+		}
+	}
+	return nil
+}
+
 type isTrackerMessage_Message interface {
 	isTrackerMessage_Message()
 }
@@ -700,6 +750,10 @@ type TrackerMessage_Inline struct {
 	Inline *Inline `protobuf:"bytes,4,opt,name=inline,proto3,oneof"`
 }
 
+type TrackerMessage_Retract struct {
+	Retract *Retract `protobuf:"bytes,5,opt,name=retract,proto3,oneof"`
+}
+
 func (*TrackerMessage_Wait) isTrackerMessage_Message() {}
 
 func (*TrackerMessage_Fetch) isTrackerMessage_Message() {}
@@ -707,6 +761,8 @@ func (*TrackerMessage_Fetch) isTrackerMessage_Message() {}
 func (*TrackerMessage_Segment) isTrackerMessage_Message() {}
 
 func (*TrackerMessage_Inline) isTrackerMessage_Message() {}
+
+func (*TrackerMessage_Retract) isTrackerMessage_Message() {}
 
 // Wait means: bytes are or will be on their way, stay here.
 type Wait struct {
@@ -782,6 +838,45 @@ func (*Fetch) Descriptor() ([]byte, []int) {
 	return file_api_v1_tracker_proto_rawDescGZIP(), []int{10}
 }
 
+// Retract means: what came from other members so far is wrong, and the one who
+// brought it into the cluster has found that. It is to be thrown away, with the
+// piece hashes.
+type Retract struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Retract) Reset() {
+	*x = Retract{}
+	mi := &file_api_v1_tracker_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Retract) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Retract) ProtoMessage() {}
+
+func (x *Retract) ProtoReflect() protoreflect.Message {
+	mi := &file_api_v1_tracker_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Retract.ProtoReflect.Descriptor instead.
+func (*Retract) Descriptor() ([]byte, []int) {
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{11}
+}
+
 // Segment names peers for one segment. With pieces set it is also the
 // announcement of the segment; peers add to those already named.
 type Segment struct {
@@ -795,7 +890,7 @@ type Segment struct {
 
 func (x *Segment) Reset() {
 	*x = Segment{}
-	mi := &file_api_v1_tracker_proto_msgTypes[11]
+	mi := &file_api_v1_tracker_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -807,7 +902,7 @@ func (x *Segment) String() string {
 func (*Segment) ProtoMessage() {}
 
 func (x *Segment) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[11]
+	mi := &file_api_v1_tracker_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -820,7 +915,7 @@ func (x *Segment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Segment.ProtoReflect.Descriptor instead.
 func (*Segment) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{11}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Segment) GetSegment() uint32 {
@@ -856,7 +951,7 @@ type RegisterMessage struct {
 
 func (x *RegisterMessage) Reset() {
 	*x = RegisterMessage{}
-	mi := &file_api_v1_tracker_proto_msgTypes[12]
+	mi := &file_api_v1_tracker_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -868,7 +963,7 @@ func (x *RegisterMessage) String() string {
 func (*RegisterMessage) ProtoMessage() {}
 
 func (x *RegisterMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[12]
+	mi := &file_api_v1_tracker_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -881,7 +976,7 @@ func (x *RegisterMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterMessage.ProtoReflect.Descriptor instead.
 func (*RegisterMessage) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{12}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RegisterMessage) GetSelf() *Peer {
@@ -922,7 +1017,7 @@ type Held struct {
 
 func (x *Held) Reset() {
 	*x = Held{}
-	mi := &file_api_v1_tracker_proto_msgTypes[13]
+	mi := &file_api_v1_tracker_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -934,7 +1029,7 @@ func (x *Held) String() string {
 func (*Held) ProtoMessage() {}
 
 func (x *Held) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[13]
+	mi := &file_api_v1_tracker_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -947,7 +1042,7 @@ func (x *Held) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Held.ProtoReflect.Descriptor instead.
 func (*Held) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{13}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Held) GetDigest() string {
@@ -974,7 +1069,7 @@ type RegisterCommand struct {
 
 func (x *RegisterCommand) Reset() {
 	*x = RegisterCommand{}
-	mi := &file_api_v1_tracker_proto_msgTypes[14]
+	mi := &file_api_v1_tracker_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -986,7 +1081,7 @@ func (x *RegisterCommand) String() string {
 func (*RegisterCommand) ProtoMessage() {}
 
 func (x *RegisterCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[14]
+	mi := &file_api_v1_tracker_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -999,7 +1094,7 @@ func (x *RegisterCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterCommand.ProtoReflect.Descriptor instead.
 func (*RegisterCommand) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{14}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RegisterCommand) GetServe() string {
@@ -1035,7 +1130,7 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\aresumed\x18\a \x01(\bR\aresumed\"<\n" +
 	"\bAnnounce\x12\x18\n" +
 	"\asegment\x18\x01 \x01(\rR\asegment\x12\x16\n" +
-	"\x06pieces\x18\x02 \x01(\fR\x06pieces\"\xc5\x01\n" +
+	"\x06pieces\x18\x02 \x01(\fR\x06pieces\"\x93\x02\n" +
 	"\x06Status\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\x03R\x06prefix\x12\x18\n" +
 	"\apresent\x18\x02 \x01(\x03R\apresent\x12\x1b\n" +
@@ -1044,19 +1139,27 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\x05whole\x18\x05 \x01(\bR\x05whole\x12\x12\n" +
 	"\x04load\x18\x06 \x01(\rR\x04load\x12\x12\n" +
 	"\x04rank\x18\a \x01(\rR\x04rank\x12\x12\n" +
-	"\x04busy\x18\b \x01(\bR\x04busy\"\x1c\n" +
+	"\x04busy\x18\b \x01(\bR\x04busy\x12\x1c\n" +
+	"\tretracted\x18\t \x01(\rR\tretracted\x12\x12\n" +
+	"\x04line\x18\n" +
+	" \x01(\x03R\x04line\x12\x1a\n" +
+	"\bregistry\x18\v \x01(\x03R\bregistry\"\x1c\n" +
 	"\x06Inline\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\x05\n" +
-	"\x03Ask\"\x05\n" +
-	"\x03Bad\"\xd5\x01\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x1d\n" +
+	"\x03Ask\x12\x16\n" +
+	"\x06silent\x18\x01 \x03(\tR\x06silent\"\x17\n" +
+	"\x03Bad\x12\x10\n" +
+	"\x03own\x18\x01 \x01(\bR\x03own\"\x88\x02\n" +
 	"\x0eTrackerMessage\x12(\n" +
 	"\x04wait\x18\x01 \x01(\v2\x12.imagewolf.v1.WaitH\x00R\x04wait\x12+\n" +
 	"\x05fetch\x18\x02 \x01(\v2\x13.imagewolf.v1.FetchH\x00R\x05fetch\x121\n" +
 	"\asegment\x18\x03 \x01(\v2\x15.imagewolf.v1.SegmentH\x00R\asegment\x12.\n" +
-	"\x06inline\x18\x04 \x01(\v2\x14.imagewolf.v1.InlineH\x00R\x06inlineB\t\n" +
+	"\x06inline\x18\x04 \x01(\v2\x14.imagewolf.v1.InlineH\x00R\x06inline\x121\n" +
+	"\aretract\x18\x05 \x01(\v2\x15.imagewolf.v1.RetractH\x00R\aretractB\t\n" +
 	"\amessage\"\x06\n" +
 	"\x04Wait\"\a\n" +
-	"\x05Fetch\"e\n" +
+	"\x05Fetch\"\t\n" +
+	"\aRetract\"e\n" +
 	"\aSegment\x12\x18\n" +
 	"\asegment\x18\x01 \x01(\rR\asegment\x12\x16\n" +
 	"\x06pieces\x18\x02 \x01(\fR\x06pieces\x12(\n" +
@@ -1087,7 +1190,7 @@ func file_api_v1_tracker_proto_rawDescGZIP() []byte {
 	return file_api_v1_tracker_proto_rawDescData
 }
 
-var file_api_v1_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_api_v1_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_api_v1_tracker_proto_goTypes = []any{
 	(*Peer)(nil),            // 0: imagewolf.v1.Peer
 	(*MemberMessage)(nil),   // 1: imagewolf.v1.MemberMessage
@@ -1100,10 +1203,11 @@ var file_api_v1_tracker_proto_goTypes = []any{
 	(*TrackerMessage)(nil),  // 8: imagewolf.v1.TrackerMessage
 	(*Wait)(nil),            // 9: imagewolf.v1.Wait
 	(*Fetch)(nil),           // 10: imagewolf.v1.Fetch
-	(*Segment)(nil),         // 11: imagewolf.v1.Segment
-	(*RegisterMessage)(nil), // 12: imagewolf.v1.RegisterMessage
-	(*Held)(nil),            // 13: imagewolf.v1.Held
-	(*RegisterCommand)(nil), // 14: imagewolf.v1.RegisterCommand
+	(*Retract)(nil),         // 11: imagewolf.v1.Retract
+	(*Segment)(nil),         // 12: imagewolf.v1.Segment
+	(*RegisterMessage)(nil), // 13: imagewolf.v1.RegisterMessage
+	(*Held)(nil),            // 14: imagewolf.v1.Held
+	(*RegisterCommand)(nil), // 15: imagewolf.v1.RegisterCommand
 }
 var file_api_v1_tracker_proto_depIdxs = []int32{
 	2,  // 0: imagewolf.v1.MemberMessage.hello:type_name -> imagewolf.v1.Hello
@@ -1117,20 +1221,21 @@ var file_api_v1_tracker_proto_depIdxs = []int32{
 	3,  // 8: imagewolf.v1.Hello.announced:type_name -> imagewolf.v1.Announce
 	9,  // 9: imagewolf.v1.TrackerMessage.wait:type_name -> imagewolf.v1.Wait
 	10, // 10: imagewolf.v1.TrackerMessage.fetch:type_name -> imagewolf.v1.Fetch
-	11, // 11: imagewolf.v1.TrackerMessage.segment:type_name -> imagewolf.v1.Segment
+	12, // 11: imagewolf.v1.TrackerMessage.segment:type_name -> imagewolf.v1.Segment
 	5,  // 12: imagewolf.v1.TrackerMessage.inline:type_name -> imagewolf.v1.Inline
-	0,  // 13: imagewolf.v1.Segment.peers:type_name -> imagewolf.v1.Peer
-	0,  // 14: imagewolf.v1.RegisterMessage.self:type_name -> imagewolf.v1.Peer
-	13, // 15: imagewolf.v1.RegisterMessage.added:type_name -> imagewolf.v1.Held
-	1,  // 16: imagewolf.v1.Tracker.Join:input_type -> imagewolf.v1.MemberMessage
-	12, // 17: imagewolf.v1.Tracker.Register:input_type -> imagewolf.v1.RegisterMessage
-	8,  // 18: imagewolf.v1.Tracker.Join:output_type -> imagewolf.v1.TrackerMessage
-	14, // 19: imagewolf.v1.Tracker.Register:output_type -> imagewolf.v1.RegisterCommand
-	18, // [18:20] is the sub-list for method output_type
-	16, // [16:18] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	11, // 13: imagewolf.v1.TrackerMessage.retract:type_name -> imagewolf.v1.Retract
+	0,  // 14: imagewolf.v1.Segment.peers:type_name -> imagewolf.v1.Peer
+	0,  // 15: imagewolf.v1.RegisterMessage.self:type_name -> imagewolf.v1.Peer
+	14, // 16: imagewolf.v1.RegisterMessage.added:type_name -> imagewolf.v1.Held
+	1,  // 17: imagewolf.v1.Tracker.Join:input_type -> imagewolf.v1.MemberMessage
+	13, // 18: imagewolf.v1.Tracker.Register:input_type -> imagewolf.v1.RegisterMessage
+	8,  // 19: imagewolf.v1.Tracker.Join:output_type -> imagewolf.v1.TrackerMessage
+	15, // 20: imagewolf.v1.Tracker.Register:output_type -> imagewolf.v1.RegisterCommand
+	19, // [19:21] is the sub-list for method output_type
+	17, // [17:19] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_api_v1_tracker_proto_init() }
@@ -1151,6 +1256,7 @@ func file_api_v1_tracker_proto_init() {
 		(*TrackerMessage_Fetch)(nil),
 		(*TrackerMessage_Segment)(nil),
 		(*TrackerMessage_Inline)(nil),
+		(*TrackerMessage_Retract)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1158,7 +1264,7 @@ func file_api_v1_tracker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_v1_tracker_proto_rawDesc), len(file_api_v1_tracker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -81,6 +81,7 @@ func New(now Now, parts ...string) *Metrics {
 	}
 	m.tracker = Tracker{
 		shutOut:    out.WithLabelValues(BadHashes),
+		broke:      m.counter("promises_broken_total", "Members of blobs that this node tracks that did not do as they had said, such as to send what they had announced; the log has their names, and says whether they were shut out of the blob."),
 		mismatched: m.counter("tracker_mismatches_total", "Reports to this node as tracker that the bytes of a blob did not have its digest."),
 	}
 	m.store = Store{
@@ -149,10 +150,13 @@ func (s Swarm) Sent(n int) { s.sent.Add(float64(n)) }
 func (s Swarm) ShutOut() { s.shutOut.Inc() }
 
 // Tracker counts what members make known to be wrong.
-type Tracker struct{ shutOut, mismatched prometheus.Counter }
+type Tracker struct{ shutOut, broke, mismatched prometheus.Counter }
 
-// ShutOut counts a member that was shut out of a blob.
+// ShutOut counts a member that was shut out of a blob for its piece hashes.
 func (t Tracker) ShutOut() { t.shutOut.Inc() }
+
+// Broke counts a member that did not do as it had said.
+func (t Tracker) Broke() { t.broke.Inc() }
 
 // Mismatched counts a report that a blob's bytes were wrong.
 func (t Tracker) Mismatched() { t.mismatched.Inc() }

@@ -38,6 +38,7 @@ func TestCounts(t *testing.T) {
 	m.Tracker().ShutOut()
 	m.Tracker().ShutOut()
 	m.Tracker().Mismatched()
+	m.Tracker().Broke()
 	m.Store().Fetched(30)
 	m.Store().Completed()
 	m.Store().Failed()
@@ -54,7 +55,7 @@ func TestCounts(t *testing.T) {
 {reason="bad piece"} 1`,
 		"peer_received_bytes_total": " 10", "peer_sent_bytes_total": " 20", "registry_received_bytes_total": " 30",
 		"blobs_completed_total": " 1", "blobs_failed_total": " 2", "digest_mismatches_total": " 1",
-		"tracker_mismatches_total": " 1", "members": " 5", "tracker_blobs": " 6", "tracker_members": " 7",
+		"tracker_mismatches_total": " 1", "promises_broken_total": " 1", "members": " 5", "tracker_blobs": " 6", "tracker_members": " 7",
 	}
 	told := gathered(t, m)
 	for name, lines := range want {

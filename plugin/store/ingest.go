@@ -53,6 +53,7 @@ type Ingest struct {
 	finishing                  bool  // guarded by mu; all is there and being checked, synced, renamed
 	whole                      bool  // guarded by mu
 	unwritable                 bool  // guarded by mu; its bytes could not be kept, which was counted
+	forgot                     bool  // guarded by mu; Forget has thrown bytes away
 	roomless                   bool  // guarded by mu; the disk was full: what is staged is not kept for later
 	dead                       bool  // guarded by mu; gave way to one of another size: its staging is no longer its own
 	failed                     int   // guarded by mu; State.Failed
@@ -69,6 +70,7 @@ type Ingest struct {
 type State struct {
 	Prefix  int64 // contiguous bytes from 0 on
 	Present int64 // bytes in all
+	Brought int64 // of these, bytes that streams have brought, and not Fill
 	Waiting int   // streams blocked in Wait
 	Writing int   // streams released to the registry and still open
 	Whole   bool  // all is there, has the digest, is synced and in blobs/
@@ -98,7 +100,7 @@ func (in *Ingest) Watch() (State, <-chan struct{}) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	return State{
-		Prefix: in.present.prefix(), Present: in.present.total,
+		Prefix: in.present.prefix(), Present: in.present.total, Brought: in.brought.total,
 		Waiting: len(in.waiters), Writing: in.writingLocked(),
 		Whole: in.whole, Failed: in.failed,
 	}, in.watchLocked()
@@ -212,6 +214,20 @@ func (v View) Present(off, n int64) bool {
 	stale := v.staleLocked()
 	v.in.mu.Unlock()
 	return stale == nil && v.in.Present(off, n)
+}
+
+// Forget throws away what did not come from streams, because it is known to be
+// wrong; streams that were released behind it wait at their end until Fill has
+// brought it again. It does nothing once every byte is present: then it is the
+// digest that decides.
+func (in *Ingest) Forget() {
+	in.discard(func() (keep ranges, may bool) {
+		if in.completeLocked() || in.brought.total == in.present.total {
+			return ranges{}, false
+		}
+		in.forgot, in.progress = true, time.Now()
+		return in.brought.clone(), true
+	})
 }
 
 // deadLocked says that the ingest gave way to another. mu must be held.

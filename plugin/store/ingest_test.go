@@ -383,6 +383,56 @@ func TestWrongPrefix(t *testing.T) {
 	}
 }
 
+// A client was sent to the registry behind a prefix that is known to be wrong
+// before the end.
+func TestForget(t *testing.T) {
+	const k = 1000
+	b, d := random(size, 1)
+	junk, _ := random(size, 2)
+	for _, again := range [][]byte{b, nil} {
+		f := &filler{fill: func(ctx context.Context, in *Ingest) {
+			peer(t, in, junk, 0, k)
+			in.Fetch()
+			until(t, in, func(st State) bool { return st.Present == size-1 })
+			view := in.View()
+			in.Forget()
+			st, _ := in.Watch()
+			if want := int64(size - 1 - k); st.Present != want || st.Brought != want || st.Prefix != 0 || st.Writing != 1 {
+				t.Errorf("state %+v", st)
+			}
+			if _, err := view.WriteAt(junk[:k], 0); err == nil {
+				t.Error("what was there before is brought again")
+			}
+			in.Forget() // has nothing more to do
+			if again == nil {
+				return
+			}
+			until(t, in, func(st State) bool { return st.Present == size-k })
+			peer(t, in, again, 0, k)
+			<-ctx.Done()
+		}}
+		s := open(t, Options{Filler: f, MaxWait: 10 * time.Second})
+		w := writer(t, s, refFor("a", d), size)
+		wait(t, w)
+		write(t, w, b[k:size-1])
+		in := w.(*stream).in
+		until(t, in, func(st State) bool { return st.Prefix == 0 })
+		_, err := w.Write(b[size-1:])
+		if again == nil {
+			wantErr(t, err, errdefs.ErrFailedPrecondition)
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		commit(t, w, size, d)
+		in.Forget()
+		if st, _ := in.Watch(); !st.Whole || st.Present != size {
+			t.Errorf("state %+v", st)
+		}
+	}
+}
+
 func TestWrongBytesFromRegistry(t *testing.T) {
 	s := open(t, Options{})
 	b, d := random(size, 1)

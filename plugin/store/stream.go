@@ -305,7 +305,7 @@ func (w *stream) endLocked() error {
 // repairLocked says for how long the bytes that were wrong and are missing now
 // are to be waited for; 0 if nobody brings them. mu must be held.
 func (in *Ingest) repairLocked() time.Duration {
-	if in.failed == 0 || !in.filling {
+	if (in.failed == 0 && !in.forgot) || !in.filling {
 		return 0
 	}
 	return time.Until(in.progress.Add(in.store.maxWait))

@@ -1,0 +1,154 @@
+package tracker
+
+import (
+	"slices"
+	"testing"
+	"time"
+
+	api "github.com/imagewolf/imagewolf/api/v1"
+)
+
+// troubleTests are of members that are slow, of wrong bytes that come from the
+// registry, and of promises that are not kept.
+var troubleTests = []machineTest{
+	{name: "a slow line does not fetch what another can", lines: `
+			0s    join a can rank=1 line=0.125   > a wait
+			1ms   join b can rank=1 line=64 registry=8 load=1 > b wait
+			30ms  tick                           > b fetch`},
+	{name: "a fetcher on a slow line gets one beside it, and one only", lines: `
+			0s    join a can                     > a fetch
+			0s    status a fetching -can
+			1s    join b can line=64 registry=8  > b wait
+			1.5s  status a prefix=0.05
+			3s    status a prefix=0.1
+			3.5s  join c can                     > c wait
+			4.5s  status a prefix=0.15 line=0.125
+			6.4s  status a prefix=0.2
+			6.5s  tick                           > b fetch
+			6.6s  status b fetching -can
+			8s    status a prefix=0.3
+			8s    status b prefix=1
+			9.6s  status a prefix=0.4
+			9.6s  status b prefix=2
+			11s   status b prefix=3
+			12s   announce b 0          > a seg0*(c), c seg0*(b)
+			12s   announce b 1          > a seg1*(c), c seg1*(b)
+			12s   announce b 2          > a seg2*(c), c seg2*(b)
+			13s   announce b 3          > a seg3*(c), c seg3*(b)
+			13s   status b prefix=4 whole -fetching`},
+	{name: "a registry that is slow for all is not rushed at", lines: `
+			0s    join a can                       > a fetch
+			0s    status a fetching -can
+			1s    join b can line=64 registry=0.5  > b wait
+			3s    status a prefix=0.5 busy line=0.125
+			7s    status a prefix=1 busy line=0.25
+			11s   status a prefix=1.5 busy line=0.5
+			15s   status a prefix=2 busy`},
+	{name: "a fetcher whose line has been fast is not taken for slow", lines: `
+			0s    join a can line=8                > a fetch
+			0s    status a fetching -can
+			1s    join b can line=64 registry=8    > b wait
+			3s    status a prefix=0.5 busy
+			7s    status a prefix=1 busy
+			11s   status a prefix=1.5 busy`},
+	{name: "a fetcher on a slow line that is nearly through is left alone", lines: `
+			0s    join a can                       > a fetch
+			0s    status a fetching -can
+			1s    join b can line=64 registry=8    > b wait
+			3s    status a prefix=3.5 busy line=0.125
+			6s    status a prefix=3.8 busy
+			7s    status a prefix=4 whole -fetching`},
+	{name: "what the registry sent wrong is thrown away by all, and fetched once more", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    join c can            > c wait
+			1ms   status a fetching -can
+			2ms   announce a 0 x        > b seg0*(a), c seg0*(b)
+			3ms   announce b 0 x
+			3ms   status b present=1 prefix=1
+			4ms   bad a own             > a named, b retract, c retract
+			4ms   status a -fetching    > b fetch
+			# What c says of those bytes does not count any more.
+			5ms   status c present=1.5 prefix=1.5
+			5ms   announce c 0 x
+			6ms   status c present=0 prefix=0 retracted=1
+			6ms   status b present=0 prefix=0 fetching -can retracted=1
+			7ms   announce b 0 y        > a seg0*(c), c seg0*(b)
+			# The first fetcher is not shut out.
+			8ms   status a can
+			9ms   announce c 0 y
+			10ms  leave b               > c fetch`},
+	{name: "one that was sent behind bytes that are retracted waits for the right ones", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    join c can            > c wait
+			1ms   status a fetching -can
+			2ms   announce a 0 x        > b seg0*(a), c seg0*(b)
+			3ms   announce b 0 x
+			3ms   status b present=1 prefix=1
+			4ms   status b fetching -can
+			5ms   bad a own             > a named, b retract, c retract
+			5ms   status a -fetching    > c fetch`},
+	{name: "one that is told to fetch and does not is named, then shut out", lines: `
+			0s    join a can            > a fetch
+			4s    tick                  > a fetch, a named
+			8s    tick                  > a fetch, a out`},
+	{name: "one whose client had gone when it was told is not", lines: `
+			0s    join a can            > a fetch
+			1s    status a -can
+			8s    status a can          > a fetch`},
+	{name: "a seeder that does not come is named", lines: `
+			0s    seeder s
+			0s    join a can            > a wait, s serve
+			2s    tick                  > a fetch, s named`},
+}
+
+// A member that has announced a blob and sends nothing is named when one says so,
+// and shut out when two do; one of whom somebody had a segment is neither.
+func TestComplaints(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		proven bool          // a has got a segment
+		at     time.Duration // of the complaints
+		want   []string
+	}{
+		{"too early", false, 3700 * time.Millisecond, nil},
+		{"in time", false, 4100 * time.Millisecond, []string{"s named", "s out"}},
+		{"of one that has sent something", true, 8 * time.Second, nil},
+	} {
+		m := NewMachine(testDigest, testSize, MachineOptions{StallTimeout: testStall, Layout: testLayout})
+		for _, name := range []string{"s", "a", "b", "c"} {
+			hello := &api.Hello{Size: testSize, Self: &api.Peer{Name: name, Address: name}, Status: &api.Status{CanFetch: true}}
+			if name == "s" {
+				hello.Status = &api.Status{Prefix: testSize, Present: testSize, Whole: true}
+				for i := range 4 {
+					hello.Announced = append(hello.Announced, segmentOf(i, 1))
+				}
+			}
+			if _, err := m.Join(epoch, hello); err != nil {
+				t.Fatal(err)
+			}
+		}
+		say := func(name string, msg *api.MemberMessage) []string {
+			return show(m.Message(epoch.Add(c.at), name, msg))
+		}
+		if c.proven {
+			m.Message(epoch, "a", &api.MemberMessage{Message: &api.MemberMessage_Announce{Announce: segmentOf(0, 1)}})
+		}
+		for next := m.Next(); !next.IsZero() && next.Before(epoch.Add(c.at)); next = m.Next() {
+			m.Tick(next)
+		}
+		ask := &api.MemberMessage{Message: &api.MemberMessage_Ask{Ask: &api.Ask{Silent: []string{"s", "who"}}}}
+		var got []string
+		for _, from := range []string{"a", "a", "b", "c"} {
+			for _, line := range say(from, ask) {
+				if line == "s named" || line == "s out" {
+					got = append(got, line)
+				}
+			}
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}
