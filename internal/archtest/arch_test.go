@@ -41,6 +41,7 @@ var allowed = map[string][]string{
 	"swarm":             {"api", "config"},
 	"tracker":           {"api", "config"},
 	"cluster":           {"api", "config"},
+	"notifier":          {"api", "config"},
 	"api":               {},
 	"config":            {},
 	"internal/archtest": {},
