@@ -36,8 +36,11 @@ func fieldsOf(v reflect.Value, prefix string, index []int) []Field {
 		sf, at := v.Type().Field(i), append(append([]int{}, index...), i)
 		name, _, _ := strings.Cut(sf.Tag.Get("toml"), ",")
 		key := prefix + name
-		if v.Field(i).Kind() == reflect.Struct {
+		switch {
+		case v.Field(i).Kind() == reflect.Struct:
 			out = append(out, fieldsOf(v.Field(i), key+".", at)...)
+			continue
+		case isTableOfTables(sf.Type):
 			continue
 		}
 		flag := sf.Tag.Get("flag")
@@ -57,6 +60,11 @@ func fieldsOf(v reflect.Value, prefix string, index []int) []Field {
 	return out
 }
 
+// isTableOfTables tells a map of named tables, which holds settings but is none.
+func isTableOfTables(t reflect.Type) bool {
+	return t.Kind() == reflect.Map && t.Elem().Kind() == reflect.Struct
+}
+
 func firstSentence(comment string) string {
 	s, _, _ := strings.Cut(strings.ReplaceAll(comment, "\n", " "), ". ")
 	return strings.TrimSuffix(s, ".")
@@ -65,8 +73,20 @@ func firstSentence(comment string) string {
 // Set gives the setting a value written as text, as in the environment or on
 // the command line: lists are separated by commas, labels are "key=value".
 func (f Field) Set(c *Config, text string) error {
-	target := reflect.ValueOf(c).Elem().FieldByIndex(f.index)
+	return f.set(reflect.ValueOf(c).Elem(), text)
+}
+
+// set is Set for any struct of settings that the field is of.
+func (f Field) set(root reflect.Value, text string) error {
+	target := root.FieldByIndex(f.index)
 	switch target.Interface().(type) {
+	case int:
+		v, err := strconv.Atoi(text)
+		if err != nil {
+			return fmt.Errorf("%q is no whole number", text)
+		}
+		target.SetInt(int64(v))
+		return nil
 	case bool:
 		v, err := strconv.ParseBool(text)
 		if err != nil {
@@ -111,9 +131,16 @@ func splitList(text string) []string {
 }
 
 // setTOML gives the setting a value as the TOML decoder found it.
-func (f Field) setTOML(c *Config, value any) error {
-	target := reflect.ValueOf(c).Elem().FieldByIndex(f.index)
+func (f Field) setTOML(root reflect.Value, value any) error {
+	target := root.FieldByIndex(f.index)
 	switch target.Interface().(type) {
+	case int:
+		v, ok := value.(int64)
+		if !ok {
+			return fmt.Errorf("must be a whole number, not %s", kindOf(value))
+		}
+		target.SetInt(v)
+		return nil
 	case bool:
 		v, ok := value.(bool)
 		if !ok {

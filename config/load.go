@@ -41,19 +41,26 @@ func Load(s Sources) (Config, error) {
 			errs = append(errs, err)
 		}
 	}
-	for _, f := range Fields() {
+	errs = append(errs, s.overlay(Fields(), reflect.ValueOf(&c).Elem())...)
+	return c, errors.Join(errs...)
+}
+
+// overlay gives the fields of root what the environment and the flags say.
+func (s Sources) overlay(fields []Field, root reflect.Value) []error {
+	var errs []error
+	for _, f := range fields {
 		if s.Env != nil {
 			if v, ok := s.Env(f.Env); ok && v != "" {
-				errs = append(errs, prefixed("environment variable "+f.Env, f.Set(&c, v)))
+				errs = append(errs, prefixed("environment variable "+f.Env, f.set(root, v)))
 			}
 		}
 		if s.Flags != nil && f.Flag != "" {
 			if v, ok := s.Flags(f.Flag); ok {
-				errs = append(errs, prefixed("flag --"+f.Flag, f.Set(&c, v)))
+				errs = append(errs, prefixed("flag --"+f.Flag, f.set(root, v)))
 			}
 		}
 	}
-	return c, errors.Join(errs...)
+	return errs
 }
 
 func prefixed(where string, err error) error {
@@ -79,16 +86,38 @@ func readFile(path string) ([]byte, error) {
 	return b, nil
 }
 
-// decode applies the file's settings to c. The TOML decoder stops at the first
-// value of a wrong type; an operator wants to hear of all of them. So it is
-// asked twice: once for the bare values, and once, strictly, into tables that
-// have no fields, so that it reports every key there is with its position.
+// decode applies the file's settings to c.
 func (c *Config) decode(name string, doc []byte) []error {
-	var values map[string]any
-	if err := toml.Unmarshal(doc, &values); err != nil {
+	root := reflect.ValueOf(c).Elem()
+	return schema{
+		tables: root.Type(),
+		find: func(key toml.Key) (Field, reflect.Value, bool) {
+			f, ok := fieldFor(key)
+			return f, root, ok
+		},
+		known: Fields,
+		help:  "'imagewolf config default' prints every key there is",
+	}.decode(name, doc, new(map[string]any))
+}
+
+// schema is what a file may say.
+type schema struct {
+	tables reflect.Type                                // the struct of settings
+	find   func(toml.Key) (Field, reflect.Value, bool) // the setting that a key belongs to, and the struct it is a field of
+	known  func() []Field                              // for suggestions
+	help   string                                      // where to look for keys
+}
+
+// decode applies a file's settings, and leaves what it read in values. The TOML
+// decoder stops at the first value of a wrong type; an operator wants to hear of
+// all of them. So it is asked twice: once for the bare values, and once,
+// strictly, into tables that have no fields, so that it reports every key there
+// is with its position.
+func (s schema) decode(name string, doc []byte, values *map[string]any) []error {
+	if err := toml.Unmarshal(doc, values); err != nil {
 		return []error{locate(name, err)}
 	}
-	err := toml.NewDecoder(bytes.NewReader(doc)).DisallowUnknownFields().Decode(bareTables())
+	err := toml.NewDecoder(bytes.NewReader(doc)).DisallowUnknownFields().Decode(bareTables(s.tables))
 	if err == nil {
 		return nil
 	}
@@ -98,7 +127,7 @@ func (c *Config) decode(name string, doc []byte) []error {
 		if errors.As(err, &at) { // a table is given a value
 			row, col := at.Position()
 			key := strings.Join(at.Key(), ".")
-			err = fmt.Errorf("%s:%d:%d: %s: must be a table, written [%s], not %s", name, row, col, key, key, kindOf(lookup(values, key)))
+			err = fmt.Errorf("%s:%d:%d: %s: must be a table, written [%s], not %s", name, row, col, key, key, kindOf(lookup(*values, at.Key())))
 		}
 		return []error{err}
 	}
@@ -107,26 +136,35 @@ func (c *Config) decode(name string, doc []byte) []error {
 	for _, k := range keys.Errors {
 		row, col := k.Position()
 		where := fmt.Sprintf("%s:%d:%d", name, row, col)
-		f, ok := fieldFor(k.Key())
+		f, root, ok := s.find(k.Key())
 		if !ok {
-			errs = append(errs, fmt.Errorf("%s: unknown key %s%s", where, strings.Join(k.Key(), "."), suggestion(k.Key())))
+			errs = append(errs, fmt.Errorf("%s: unknown key %s%s", where, strings.Join(k.Key(), "."), s.suggestion(k.Key())))
 			continue
 		}
 		if !done[f.Key] { // labels written as a table are reported once per label
 			done[f.Key] = true
-			errs = append(errs, prefixed(where+": "+f.Key, f.setTOML(c, lookup(values, f.Key))))
+			path := k.Key()[:min(len(k.Key()), strings.Count(f.Key, ".")+1)]
+			errs = append(errs, prefixed(where+": "+f.Key, f.setTOML(root, lookup(*values, path))))
 		}
 	}
 	return errs
 }
 
-// bareTables returns a pointer to a struct with Config's tables and no fields.
-func bareTables() any {
+// bareTables returns a pointer to a struct with the tables of a struct of
+// settings, and no fields.
+func bareTables(of reflect.Type) any {
 	var tables []reflect.StructField
-	for sf := range reflect.TypeFor[Config]().Fields() {
-		if sf.Type.Kind() == reflect.Struct {
-			tables = append(tables, reflect.StructField{Name: sf.Name, Tag: sf.Tag, Type: reflect.TypeFor[struct{}]()})
+	for sf := range of.Fields() {
+		bare := reflect.StructField{Name: sf.Name, Tag: sf.Tag}
+		switch {
+		case sf.Type.Kind() == reflect.Struct:
+			bare.Type = reflect.TypeFor[struct{}]()
+		case isTableOfTables(sf.Type):
+			bare.Type = reflect.TypeFor[map[string]struct{}]()
+		default:
+			continue
 		}
+		tables = append(tables, bare)
 	}
 	return reflect.New(reflect.StructOf(tables)).Interface()
 }
@@ -152,20 +190,21 @@ func fieldFor(key toml.Key) (Field, bool) {
 	return Field{}, false
 }
 
-func lookup(values map[string]any, key string) any {
-	table, name, ok := strings.Cut(key, ".")
-	if !ok {
-		return values[key]
+func lookup(values map[string]any, key []string) any {
+	var at any = values
+	for _, name := range key {
+		table, ok := at.(map[string]any)
+		if !ok {
+			return nil
+		}
+		at = table[name]
 	}
-	if t, ok := values[table].(map[string]any); ok {
-		return t[name]
-	}
-	return nil
+	return at
 }
 
 // suggestion names what was probably meant by an unknown key: the same key in
 // another table, or else the key or table that is a few letters away.
-func suggestion(key toml.Key) string {
+func (s schema) suggestion(key toml.Key) string {
 	full, last := strings.Join(key, "."), key[len(key)-1]
 	if len(full) > 128 { // the distance costs the product of both lengths
 		return ""
@@ -182,14 +221,14 @@ func suggestion(key toml.Key) string {
 		}
 		return d == 0
 	}
-	for _, f := range Fields() {
+	for _, f := range s.known() {
 		table, _, nested := strings.Cut(f.Key, ".")
 		if try(f.Key) || nested && try(table) {
 			break
 		}
 	}
 	if best == "" {
-		return "; 'imagewolf config default' prints every key there is"
+		return "; " + s.help
 	}
 	return fmt.Sprintf(" (did you mean %s?)", best)
 }

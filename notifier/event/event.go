@@ -42,7 +42,8 @@ const (
 	Failed     Kind = "failed"     // a push that did not succeed
 	Foreign    Kind = "foreign"    // something else, that is not about pushes
 	Invalid    Kind = "invalid"    // a push of what cannot be an image's name
-	Unreadable Kind = "unreadable" // a body that is not of the type it should be of
+	Unreadable Kind = "unreadable" // a body that is not of the type it should be of, or too large
+	Refused    Kind = "refused"    // a sender that did not prove who it is
 )
 
 // Event is a push of one image as a registry told of it. The name is valid, in

@@ -1,0 +1,250 @@
+package config
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// DefaultNotifierFile is the notifier's file where none is named.
+const DefaultNotifierFile = "/etc/imagewolf/notifier.toml"
+
+// Notifier is what the sidecar beside a registry can be told. The zero value is
+// not usable: start from DefaultNotifier or LoadNotifier.
+type Notifier struct {
+	Listen      string              `toml:"listen" comment:"Where webhooks come in, tcp: host:port. An empty host is every address."`
+	TLSCertFile string              `toml:"tls_cert_file" comment:"Certificate (PEM) to be served with, when no proxy in front ends TLS. Read again for every connection."`
+	TLSKeyFile  string              `toml:"tls_key_file" comment:"Private key of tls_cert_file (PEM). Not readable by other users."`
+	MaxBody     Size                `toml:"max_body" comment:"Largest body of a webhook that is read. 64KiB to 16MiB."`
+	Queue       NotifierQueue       `toml:"queue" comment:"Events that were taken and wait to be worked off."`
+	Receiver    map[string]Receiver `toml:"receiver" comment:"Who may send: one table for each webhook, [receiver.NAME]."`
+}
+
+// NotifierQueue bounds what waits.
+type NotifierQueue struct {
+	File         string   `toml:"file" comment:"File of the queue, which survives restarts. Absolute path; its directory exists."`
+	MaxEvents    int      `toml:"max_events" comment:"Most events that wait; further ones are refused, and most registries send them again. 1000 to 1000000."`
+	DedupeWindow Duration `toml:"dedupe_window" comment:"How long an event that comes again is known for one that was taken. 0s to 24h."`
+	RetryFor     Duration `toml:"retry_for" comment:"How long an event is tried before it is given up. 1m to 168h."`
+}
+
+// Receiver is one webhook: where it comes in, what it is, and how its sender
+// proves who it is.
+type Receiver struct {
+	Type            string `toml:"type" comment:"Kind of webhook: acr, aliyun, distribution, dockerhub, ecr, generic, ghcr, gitea, google, harbor, jfrog, nexus, quay or zot."`
+	Path            string `toml:"path" comment:"Path of its URL. Empty: /hooks/ and the receiver's name."`
+	Registry        string `toml:"registry" comment:"Host of the registry, with port if nodes pull with one, for events that name none, or none that can be relied on."`
+	Auth            string `toml:"auth" comment:"How the sender proves who it is: hmac, bearer, basic, header, path or oidc. Empty: what is usual for the type."`
+	Secret          Secret `toml:"secret" secret:"true" comment:"What the sender and the notifier both know, at least 16 bytes. Better in secret_file, or in the environment."`
+	SecretFile      string `toml:"secret_file" comment:"File with the secret. Not readable by other users."`
+	Username        string `toml:"username" comment:"User of auth = \"basic\"; the secret is the password."`
+	Header          string `toml:"header" comment:"Header that holds the secret with auth = \"header\". Empty: what is usual for the type."`
+	TopicARN        string `toml:"topic_arn" comment:"Type ecr, behind SNS: the one topic that may send, and whose subscription is confirmed."`
+	OIDCIssuer      string `toml:"oidc_issuer" comment:"Who signs the tokens of auth = \"oidc\". Empty with type google: https://accounts.google.com."`
+	OIDCKeysURL     string `toml:"oidc_keys_url" comment:"Where the issuer publishes its keys (JWKS). Empty with type google: Google's."`
+	OIDCAudience    string `toml:"oidc_audience" comment:"Audience that a token must have."`
+	OIDCEmail       string `toml:"oidc_email" comment:"Verified e-mail that a token must have: the service account that pushes."`
+	OIDCSubject     string `toml:"oidc_subject" comment:"Subject that a token must have, such as that of one CI pipeline."`
+	Unauthenticated bool   `toml:"unauthenticated" comment:"Take events from anyone who reaches the path. For trying out only."`
+}
+
+// Secret is text that no log and no print shows.
+type Secret string
+
+// String returns a stand-in; convert to string for the text itself.
+func (s Secret) String() string {
+	if s == "" {
+		return ""
+	}
+	return "[secret]"
+}
+
+// GoString does as String does, for %#v.
+func (s Secret) GoString() string { return s.String() }
+
+// MarshalText does as String does, for encoders.
+func (s Secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// LogValue does as String does, for slog.
+func (s Secret) LogValue() slog.Value { return slog.StringValue(s.String()) }
+
+// receiverType is what holds for a type of webhook.
+type receiverType struct {
+	auth     []string // what its registry can do, the best first
+	registry bool     // its events never name the host
+	path     bool     // its registries may have a path of their own
+}
+
+// receiverTypes are the types there are; package notifier/event has a decoder
+// for each of them.
+var receiverTypes = map[string]receiverType{
+	"acr":          {auth: []string{"header", "bearer", "basic", "path"}},
+	"aliyun":       {auth: []string{"path"}},
+	"distribution": {auth: []string{"bearer", "basic", "header", "path"}},
+	"dockerhub":    {auth: []string{"path"}},
+	"ecr":          {auth: []string{"header", "bearer", "basic", "path"}},
+	"generic":      {auth: []string{"hmac", "oidc", "bearer", "basic", "header", "path"}},
+	"ghcr":         {auth: []string{"hmac"}},
+	"gitea":        {auth: []string{"hmac", "bearer", "header"}},
+	"google":       {auth: []string{"oidc", "path"}},
+	"harbor":       {auth: []string{"header", "bearer", "basic", "path"}},
+	"jfrog":        {auth: []string{"hmac", "header"}, path: true},
+	"nexus":        {auth: []string{"hmac"}, registry: true, path: true},
+	"quay":         {auth: []string{"path", "basic"}},
+	"zot":          {auth: []string{"bearer", "basic", "header", "path"}, registry: true},
+}
+
+// ReceiverTypes returns, for every type of webhook, the ways in which its
+// sender can prove who it is; the first is the one that holds where none is set.
+func ReceiverTypes() map[string][]string {
+	out := map[string][]string{}
+	for name, t := range receiverTypes {
+		out[name] = slices.Clone(t.auth)
+	}
+	return out
+}
+
+// DefaultNotifier returns the settings that hold where nothing else is said.
+func DefaultNotifier() Notifier {
+	return Notifier{
+		Listen:  "0.0.0.0:7950",
+		MaxBody: 1 << 20,
+		Queue: NotifierQueue{
+			File:         "/var/lib/imagewolf-notifier/queue.db",
+			MaxEvents:    100_000,
+			DedupeWindow: Duration(10 * time.Minute),
+			RetryFor:     Duration(24 * time.Hour),
+		},
+		Receiver: map[string]Receiver{},
+	}
+}
+
+// WithDefaults returns r with what holds where it says nothing.
+func (r Receiver) WithDefaults(name string) Receiver {
+	r.Path = cmp.Or(r.Path, "/hooks/"+name)
+	if r.Unauthenticated {
+		return r
+	}
+	if t, ok := receiverTypes[r.Type]; ok {
+		r.Auth = cmp.Or(r.Auth, t.auth[0])
+	}
+	switch {
+	case r.Auth == "header" && r.Type == "ecr":
+		r.Header = cmp.Or(r.Header, "X-Api-Key")
+	case r.Auth == "header" && r.Type == "jfrog":
+		r.Header = cmp.Or(r.Header, "X-JFrog-Event-Auth")
+	case r.Auth == "header":
+		r.Header = cmp.Or(r.Header, "Authorization")
+	case r.Auth == "oidc" && r.Type == "google":
+		r.OIDCIssuer = cmp.Or(r.OIDCIssuer, "https://accounts.google.com")
+		r.OIDCKeysURL = cmp.Or(r.OIDCKeysURL, "https://www.googleapis.com/oauth2/v3/certs")
+	}
+	return r
+}
+
+// ReadSecret returns the receiver's secret, from the setting itself or from its
+// file, or "" when it has none.
+func (r Receiver) ReadSecret() (string, error) {
+	if r.SecretFile == "" {
+		return string(r.Secret), nil
+	}
+	b, err := os.ReadFile(r.SecretFile)
+	if err != nil {
+		return "", err
+	}
+	secret := strings.TrimSpace(string(b))
+	if secret == "" {
+		return "", fmt.Errorf("%s is empty", r.SecretFile)
+	}
+	return secret, nil
+}
+
+// notifierFields returns the settings outside of receivers.
+func notifierFields() []Field {
+	return renamed(fieldsOf(reflect.ValueOf(DefaultNotifier()), "", nil))
+}
+
+// receiverFields returns the settings of one receiver. They are no flags: the
+// names of receivers stand in the file.
+func receiverFields(name string) []Field {
+	fields := renamed(fieldsOf(reflect.ValueOf(Receiver{}), "receiver."+name+".", nil))
+	for i := range fields {
+		fields[i].Flag = ""
+	}
+	return fields
+}
+
+// renamed gives fields the notifier's names in the environment.
+func renamed(fields []Field) []Field {
+	for i, f := range fields {
+		fields[i].Env = envPrefix + "NOTIFIER_" + strings.TrimPrefix(f.Env, envPrefix)
+	}
+	return fields
+}
+
+// LoadNotifier reads the notifier's settings as Load does the daemon's. In the
+// environment, receiver.hub.secret is IMAGEWOLF_NOTIFIER_RECEIVER_HUB_SECRET;
+// it sets only receivers that the file has.
+func LoadNotifier(s Sources) (Notifier, error) {
+	n := DefaultNotifier()
+	var errs []error
+	receivers := map[string]*Receiver{}
+	if s.File != "" {
+		b, err := readFile(s.File)
+		switch {
+		case err == nil:
+			errs = append(errs, n.decode(s.File, b, receivers)...)
+		case !s.Optional || !errors.Is(err, os.ErrNotExist):
+			errs = append(errs, err)
+		}
+	}
+	errs = append(errs, s.overlay(notifierFields(), reflect.ValueOf(&n).Elem())...)
+	for _, name := range slices.Sorted(maps.Keys(receivers)) {
+		r := receivers[name]
+		errs = append(errs, s.overlay(receiverFields(name), reflect.ValueOf(r).Elem())...)
+		n.Receiver[name] = r.WithDefaults(name)
+	}
+	return n, errors.Join(errs...)
+}
+
+func (n *Notifier) decode(name string, doc []byte, receivers map[string]*Receiver) []error {
+	root := reflect.ValueOf(n).Elem()
+	receiver := func(name string) *Receiver {
+		if receivers[name] == nil {
+			receivers[name] = &Receiver{}
+		}
+		return receivers[name]
+	}
+	var values map[string]any
+	errs := schema{
+		tables: root.Type(),
+		find: func(key toml.Key) (Field, reflect.Value, bool) {
+			fields, of := notifierFields(), root
+			if len(key) > 2 && key[0] == "receiver" {
+				fields, of = receiverFields(key[1]), reflect.ValueOf(receiver(key[1])).Elem()
+			}
+			i := slices.IndexFunc(fields, func(f Field) bool { return f.Key == strings.Join(key, ".") })
+			if i < 0 {
+				return Field{}, root, false
+			}
+			return fields[i], of, true
+		},
+		known: func() []Field { return append(notifierFields(), receiverFields("NAME")...) },
+		help:  "docs/notifier.md lists every key",
+	}.decode(name, doc, &values)
+	if tables, ok := values["receiver"].(map[string]any); ok {
+		for name := range tables { // one without a key is one too
+			receiver(name)
+		}
+	}
+	return errs
+}

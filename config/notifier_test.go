@@ -1,0 +1,245 @@
+package config
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Every testdata/notifier/*.bad.toml has exactly these complaints: first those
+// of LoadNotifier, then those of Validate. %s stands for the file.
+var badNotifierFiles = map[string][]string{
+	"keys.bad.toml": {
+		"%s:1:1: unknown key lisen (did you mean listen?)",
+		"%s:2:1: max_body: must be text in quotes, not true or false",
+		"%s:4:1: queue.max_events: must be a whole number, not text",
+		"%s:5:1: unknown key queue.max_event (did you mean queue.max_events?)",
+		"%s:7:1: receiver.hub.type: must be text in quotes, not a number",
+		"%s:8:1: unknown key receiver.hub.secrets (did you mean receiver.NAME.secret?)",
+		"%s:9:1: receiver.hub.unauthenticated: must be true or false, not text",
+		"%s:10:2: unknown key receiver.hub.deep",
+	},
+	"table.bad.toml": {
+		"%s:2:7: receiver.hub: must be a table, written [receiver.hub], not text",
+	},
+	"values.bad.toml": {
+		"listen: \"8080\" is not host:port",
+		"tls_cert_file: tls_cert_file and tls_key_file go together",
+		"max_body: 1KiB is out of range",
+		"queue.file: \"queue.db\" is not an absolute path",
+		"queue.max_events: 10 is out of range",
+		"queue.dedupe_window: 48h is out of range",
+		"queue.retry_for: 1s is out of range",
+		"receiver: there is none",
+	},
+	"receivers.bad.toml": {
+		"receiver.A_b: name \"A_b\"",
+		"receiver.a.type: \"\" is none of acr, aliyun, distribution",
+		"receiver.b.type: \"gitlab\" is none of acr",
+		"receiver.c.path: \"hooks\": start it with /",
+		"receiver.c.registry: missing: events of type zot",
+		"receiver.c.secret: no secret: set secret_file or secret",
+		"receiver.d.registry: \"zot/x\": host or host:port, without a path",
+		"receiver.d.secret: 5 bytes are too few",
+		"receiver.e.auth: \"path\": senders of type ghcr can do hmac",
+		"receiver.f.topic_arn: is for type ecr only",
+		"receiver.f.secret: as a part of a URL",
+		"receiver.g.secret: means nothing with auth = \"oidc\"",
+		"receiver.g.oidc_issuer: \"http://issuer.example\": must be a URL of https",
+		"receiver.g.oidc_audience: missing",
+		"receiver.g.oidc_email: missing, and oidc_subject too",
+		"receiver.h.username: \"\": auth = \"basic\" needs a user",
+		"receiver.h.secret: given beside secret_file",
+		"receiver.h.path: /hooks/g is the path of receiver.g too",
+		"receiver.i.topic_arn: \"arn:aws:s3:::x\" is no ARN",
+		"receiver.i.header: \"X Key\"",
+		"receiver.i.secret_file: cannot be read",
+		"receiver.j.registry: \"harbor\": without a dot or a port",
+		"receiver.j.unauthenticated: true beside secret",
+		"receiver.k.registry: \"http://x\"",
+		"receiver.k.username: means nothing with auth = \"hmac\"",
+		"receiver.k.secret: no secret",
+	},
+}
+
+func TestBadNotifierFiles(t *testing.T) {
+	files, err := filepath.Glob("testdata/notifier/*.bad.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(files) != len(badNotifierFiles) {
+		t.Errorf("%d files, and %d are expected", len(files), len(badNotifierFiles))
+	}
+	for _, file := range files {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			n, err := LoadNotifier(Sources{File: file})
+			got := complaints(err)
+			if err == nil {
+				got = complaints(n.Validate())
+			}
+			want := badNotifierFiles[filepath.Base(file)]
+			for i := range max(len(got), len(want)) {
+				switch {
+				case i >= len(got):
+					t.Errorf("missing: %s", want[i])
+				case i >= len(want):
+					t.Errorf("too much: %s", got[i])
+				case !strings.HasPrefix(got[i], strings.ReplaceAll(want[i], "%s", file)):
+					t.Errorf("got  %s\nwant %s", got[i], want[i])
+				}
+			}
+		})
+	}
+}
+
+func TestNotifierFileIsReadWithItsDefaults(t *testing.T) {
+	secret := write(t, "harbor", "harbor-0123456789abcdef\n")
+	env := map[string]string{
+		"IMAGEWOLF_NOTIFIER_LISTEN": "127.0.0.1:81", "IMAGEWOLF_NOTIFIER_QUEUE_MAX_EVENTS": "7000",
+		"IMAGEWOLF_NOTIFIER_RECEIVER_HARBOR_PROD_SECRET_FILE": secret, "IMAGEWOLF_NOTIFIER_RECEIVER_HUB_SECRET": "fedcba9876543210",
+	}
+	n, err := LoadNotifier(Sources{File: "testdata/notifier/good.toml", Env: func(k string) (string, bool) { v, ok := env[k]; return v, ok }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	if n.Listen != "127.0.0.1:81" || n.MaxBody != 2<<20 || n.Queue.MaxEvents != 7000 || n.Queue.RetryFor.Duration() != time.Hour {
+		t.Errorf("%+v", n)
+	}
+	want := map[string]Receiver{
+		"hub":   {Type: "dockerhub", Path: "/hubNotifications", Auth: "path", Secret: "fedcba9876543210"},
+		"local": {Type: "distribution", Path: "/registryNotifications", Registry: "registry.example.com:5000", Unauthenticated: true},
+		"google": {
+			Type: "google", Path: "/hooks/google", Auth: "oidc", OIDCIssuer: "https://accounts.google.com",
+			OIDCKeysURL: "https://www.googleapis.com/oauth2/v3/certs", OIDCAudience: "https://hooks.example.com/hooks/google",
+			OIDCEmail: "push@acme-prod.iam.gserviceaccount.com",
+		},
+		"nexus":       {Type: "nexus", Path: "/hooks/nexus", Auth: "hmac", Registry: "nexus.example.com/{repository}", Secret: "0123456789abcdef"},
+		"harbor-prod": {Type: "harbor", Path: "/hooks/harbor-prod", Auth: "header", Header: "Authorization", SecretFile: secret},
+	}
+	if !reflect.DeepEqual(n.Receiver, want) {
+		t.Errorf("got  %+v\nwant %+v", n.Receiver, want)
+	}
+	if s, err := n.Receiver["harbor-prod"].ReadSecret(); s != "harbor-0123456789abcdef" || err != nil {
+		t.Errorf("%q, %v", s, err)
+	}
+	if w := n.Warnings(); len(w) != 1 || !strings.HasPrefix(w[0], "receiver.local.unauthenticated: ") {
+		t.Errorf("warnings %q", w)
+	}
+	n.Listen = ":80"
+	if w := n.Warnings(); len(w) != 2 || !strings.HasPrefix(w[1], "tls_cert_file: ") {
+		t.Errorf("warnings %q", w)
+	}
+}
+
+func TestNotifierFileMayBeAbsentOnlyWhenOptional(t *testing.T) {
+	absent := filepath.Join(t.TempDir(), "none.toml")
+	if _, err := LoadNotifier(Sources{File: absent, Optional: true}); err != nil {
+		t.Error(err)
+	}
+	if _, err := LoadNotifier(Sources{File: absent}); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestSecretFileOfOthersIsRefused(t *testing.T) {
+	n := DefaultNotifier()
+	file := write(t, "secret", "0123456789abcdef")
+	n.Receiver["hub"] = Receiver{Type: "dockerhub", SecretFile: file}.WithDefaults("hub")
+	if err := n.Validate(); err != nil {
+		t.Error(err)
+	}
+	if err := os.Chmod(file, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Validate(); err == nil || !strings.Contains(err.Error(), "receiver.hub.secret_file: ") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestSecretsAreNotPrinted(t *testing.T) {
+	const text = "0123456789abcdef"
+	n := DefaultNotifier()
+	n.Receiver["hub"] = Receiver{Type: "dockerhub", Secret: text}
+	var log strings.Builder
+	l := slog.New(slog.NewJSONHandler(&log, nil))
+	l.Info("loaded", "config", n, "secret", n.Receiver["hub"].Secret)
+	b, err := json.Marshal(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []string{fmt.Sprint(n), fmt.Sprintf("%v %+v %#v", n, n, n), log.String(), string(b)} {
+		if strings.Contains(s, text) || !strings.Contains(s, "[secret]") {
+			t.Errorf("printed: %s", s)
+		}
+	}
+	if text != string(n.Receiver["hub"].Secret) {
+		t.Error("the secret itself is gone")
+	}
+}
+
+// The settings are described in docs/notifier.md, by hand.
+func TestEveryNotifierKeyIsDocumented(t *testing.T) {
+	b, err := os.ReadFile("../docs/notifier.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range append(notifierFields(), receiverFields("NAME")...) {
+		name := strings.TrimPrefix(f.Key, "receiver.NAME.")
+		if !strings.Contains(string(b), "| `"+name+"` |") {
+			t.Errorf("%s is not in docs/notifier.md", f.Key)
+		}
+		if len(f.Usage) < 10 {
+			t.Errorf("%s: no comment", f.Key)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(receiverTypes)) {
+		if !strings.Contains(string(b), "type = \""+name+"\"") {
+			t.Errorf("type %s is not in docs/notifier.md", name)
+		}
+	}
+}
+
+func FuzzLoadNotifier(f *testing.F) {
+	files, err := filepath.Glob("testdata/notifier/*.toml")
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, path := range files {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, doc []byte) {
+		n := DefaultNotifier()
+		receivers := map[string]*Receiver{}
+		for _, err := range n.decode("f", doc, receivers) {
+			if err != nil && !strings.HasPrefix(err.Error(), "f:") {
+				t.Errorf("error without its place: %v", err)
+			}
+		}
+		for name, r := range receivers {
+			r.SecretFile = "" // Validate would open it, whatever it is
+			n.Receiver[name] = r.WithDefaults(name)
+		}
+		n.TLSCertFile, n.TLSKeyFile = "", ""
+		for _, e := range complaints(n.Validate()) {
+			if !strings.Contains(e, ": ") {
+				t.Errorf("complaint without its key: %q", e)
+			}
+		}
+	})
+}
