@@ -63,13 +63,13 @@ type Options struct {
 
 // Handler serves the receivers. It is safe for concurrent use.
 type Handler struct {
-	listen  config.Notifier
-	queue   Queue
-	log     *slog.Logger
-	client  *http.Client
-	exact   map[string]*receiver // by path
-	secret  map[string]*receiver // by path, of those where a secret follows
-	refused rate.Sometimes       // warnings about senders that are not let in
+	settings config.Notifier
+	queue    Queue
+	log      *slog.Logger
+	client   *http.Client
+	exact    map[string]*receiver // by path
+	secret   map[string]*receiver // by path, of those where a secret follows
+	refused  rate.Sometimes       // warnings about senders that are not let in
 }
 
 type receiver struct {
@@ -91,7 +91,7 @@ var sendAgain = map[string]bool{"distribution": true, "google": true}
 // key. Other than that it does not judge the settings: see Validate.
 func New(c config.Notifier, q Queue, o Options) (*Handler, error) {
 	h := &Handler{
-		listen: c, queue: q, log: o.Log, exact: map[string]*receiver{}, secret: map[string]*receiver{},
+		settings: c, queue: q, log: o.Log, exact: map[string]*receiver{}, secret: map[string]*receiver{},
 		client: &http.Client{
 			Transport: o.Transport, Timeout: outTime,
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -127,11 +127,11 @@ func New(c config.Notifier, q Queue, o Options) (*Handler, error) {
 // Run serves on l, which it closes, until the context ends or the listener
 // fails. It lets requests under way come to their end.
 func (h *Handler) Run(ctx context.Context, l net.Listener) error {
-	if h.listen.TLSCertFile != "" {
+	if h.settings.TLSCertFile != "" {
 		l = tls.NewListener(l, &tls.Config{
 			MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"},
 			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-				c, err := tls.LoadX509KeyPair(h.listen.TLSCertFile, h.listen.TLSKeyFile)
+				c, err := tls.LoadX509KeyPair(h.settings.TLSCertFile, h.settings.TLSKeyFile)
 				return &c, err
 			},
 		})
@@ -222,7 +222,7 @@ func (r *receiver) enter(ctx context.Context) bool {
 // take reads, checks, decodes and hands on one delivery.
 func (h *Handler) take(w http.ResponseWriter, req *http.Request, r *receiver) {
 	ctx := req.Context()
-	body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, h.listen.MaxBody.Bytes()))
+	body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, h.settings.MaxBody.Bytes()))
 	var large *http.MaxBytesError
 	switch {
 	case errors.As(err, &large):

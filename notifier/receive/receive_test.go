@@ -480,7 +480,7 @@ func TestSecretsOfPrintedHandler(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := newBed(t, config.Receiver{Type: "quay", SecretFile: file}, nil)
-	if s := fmt.Sprintf("%+v %#v", *b.h.secret["/hooks/it"], b.h.listen); strings.Contains(s, secret) {
+	if s := fmt.Sprintf("%+v %#v", *b.h.secret["/hooks/it"], b.h.settings); strings.Contains(s, secret) {
 		t.Errorf("printed: %s", s)
 	}
 	_, body := fixture(t, "quay/push")

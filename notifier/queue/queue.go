@@ -1,0 +1,405 @@
+// Package queue keeps the events that were taken until they are worked off. It
+// survives restarts, and the end of the process at any moment: an event that
+// Put has taken is handed out at least once, and again when the process ended
+// before its being done was on disk. It is bounded, and says so when it is full.
+//
+// Events that come again within a while are known and kept once: by delivery,
+// for senders send again what they got no answer to, and by content, for a push
+// of an image with many platforms and tags tells of the same digest many times.
+// The same digest with a tag that is new is not the same event.
+//
+// Everything is in one bbolt file:
+//
+//	events   sequence (8 bytes)            JSON of record; the order is that of arrival
+//	seen     hash (16 bytes)               when it was seen: nanoseconds since 1970 (8 bytes)
+//	seen_at  nanoseconds (8), hash (16)    a zero; for throwing away what is old
+//	counts   "events", "seen_at"           how many the bucket has (8 bytes)
+//
+// Numbers are big-endian. What is due, and how often it was tried, is in memory
+// only: after a restart everything is due.
+package queue
+
+import (
+	"container/heap"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"sync"
+	"time"
+
+	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+
+	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/notifier/event"
+)
+
+// ErrFull is returned by Put when the events would be more than the queue may
+// hold. Their sender is asked to send them again later.
+var ErrFull = errors.New("the queue is full")
+
+// Why events lead to nothing in the queue, beside what decoders found.
+const (
+	Duplicate event.Kind = "duplicate" // taken before
+	Full      event.Kind = "full"      // refused
+	GaveUp    event.Kind = "gave_up"   // tried for long enough
+)
+
+const (
+	firstRetry = time.Second // doubled with every try
+	lastRetry  = 5 * time.Minute
+	flushAfter = time.Second          // how long it may take until on disk is what is done
+	flushAt    = 256                  // and how many that may be
+	batchDelay = 2 * time.Millisecond // how long a Put waits for others to share its fsync
+	lockWait   = 500 * time.Millisecond
+)
+
+var (
+	eventsBucket = []byte("events")
+	seenBucket   = []byte("seen")
+	seenAtBucket = []byte("seen_at")
+	countsBucket = []byte("counts")
+)
+
+// Queue is a file of events. Put and Stats are safe for concurrent use, also
+// with Run, of which there is one at a time.
+type Queue struct {
+	config config.NotifierQueue
+	log    *slog.Logger
+	db     *bbolt.DB
+	wake   chan struct{} // of size 1: something new is due
+
+	mu      sync.Mutex // guards what follows
+	waiting due
+	taken   uint64
+	done    uint64
+	nothing map[event.Kind]uint64
+}
+
+// record is an event as it is on disk.
+type record struct {
+	Event event.Event `json:"event"`
+	Taken time.Time   `json:"taken"`
+}
+
+// Stats says what became of events since the queue was opened.
+type Stats struct {
+	Waiting int                   // now, those that were there at the start among them
+	Taken   uint64                // kept
+	Done    uint64                // worked off
+	Nothing map[event.Kind]uint64 // led to nothing, by the reason
+}
+
+// Open opens the queue's file, or makes it, and fails when another process has
+// it open. A nil log logs nothing.
+func Open(c config.NotifierQueue, log *slog.Logger) (*Queue, error) {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	db, err := bbolt.Open(c.File, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
+	switch {
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return nil, fmt.Errorf("queue.file: %s is in use by another process", c.File)
+	case err != nil:
+		return nil, fmt.Errorf("queue.file: %s: %w", c.File, err)
+	}
+	db.MaxBatchDelay = batchDelay
+	q := &Queue{config: c, log: log, db: db, wake: make(chan struct{}, 1), nothing: map[event.Kind]uint64{}}
+	if err := db.Update(q.load); err != nil {
+		return nil, errors.Join(fmt.Errorf("queue.file: %s: %w", c.File, err), db.Close())
+	}
+	return q, nil
+}
+
+// load makes the buckets and takes up what waits.
+func (q *Queue) load(tx *bbolt.Tx) error {
+	for _, name := range [][]byte{eventsBucket, seenBucket, seenAtBucket, countsBucket} {
+		if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+			return err
+		}
+	}
+	now := time.Now()
+	return tx.Bucket(eventsBucket).ForEach(func(k, _ []byte) error {
+		q.waiting = append(q.waiting, entry{at: now, seq: number(k)}) // sorted, so it is a heap
+		return nil
+	})
+}
+
+// Close closes the file, after Run has returned.
+func (q *Queue) Close() error { return q.db.Close() }
+
+// Stats returns what became of events.
+func (q *Queue) Stats() Stats {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return Stats{Waiting: len(q.waiting), Taken: q.taken, Done: q.done, Nothing: maps.Clone(q.nothing)}
+}
+
+// Put keeps the result's events, but for those that are known, and counts what
+// leads to nothing. When it returns nil they are on disk; on an error, such as
+// ErrFull, none is kept.
+func (q *Queue) Put(_ context.Context, r event.Result) error {
+	var kept []entry
+	var full bool
+	if len(r.Events) > 0 {
+		err := q.db.Batch(func(tx *bbolt.Tx) error { // may be called more than once
+			var err error
+			kept, full, err = q.put(tx, r.Events, time.Now())
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("queue.file: %w", err)
+		}
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if full {
+		q.nothing[Full] += uint64(len(r.Events))
+		return fmt.Errorf("%w: %d events wait (queue.max_events)", ErrFull, len(q.waiting))
+	}
+	for _, i := range r.Ignored {
+		q.nothing[i.Kind]++
+	}
+	if n := len(r.Events) - len(kept); n > 0 {
+		q.nothing[Duplicate] += uint64(n)
+	}
+	q.taken += uint64(len(kept))
+	for _, e := range kept {
+		heap.Push(&q.waiting, e)
+	}
+	if len(kept) > 0 {
+		q.signal()
+	}
+	return nil
+}
+
+func (q *Queue) signal() {
+	select {
+	case q.wake <- struct{}{}:
+	default: // Run has not looked yet
+	}
+}
+
+// put writes those events that are not known, if all of them have room. An
+// error undoes the transaction, which is others' too: being full is none.
+func (q *Queue) put(tx *bbolt.Tx, events []event.Event, now time.Time) (kept []entry, full bool, err error) {
+	s := q.memory(tx, now)
+	if err := s.prune(); err != nil {
+		return nil, false, err
+	}
+	var fresh []event.Event
+	here := map[key]bool{} // known from this delivery
+	for _, e := range events {
+		known, marks := keys(e)
+		if s.knows(known) || here[known[0]] || here[known[1]] {
+			continue
+		}
+		fresh = append(fresh, e)
+		for _, k := range marks {
+			here[k] = true
+		}
+	}
+	if len(fresh) > 0 && count(tx, eventsBucket)+len(fresh) > q.config.MaxEvents {
+		return nil, true, nil
+	}
+	b := tx.Bucket(eventsBucket)
+	for _, e := range fresh {
+		seq, err := b.NextSequence()
+		if err != nil {
+			return nil, false, err
+		}
+		v, err := json.Marshal(record{Event: e, Taken: now})
+		if err != nil {
+			return nil, false, err
+		}
+		if err := b.Put(bytesOf(seq), v); err != nil {
+			return nil, false, err
+		}
+		kept = append(kept, entry{at: now, seq: seq})
+		_, marks := keys(e)
+		if err := s.mark(marks); err != nil {
+			return nil, false, err
+		}
+	}
+	return kept, false, add(tx, eventsBucket, len(fresh))
+}
+
+// Run hands the events to work, one at a time, in the order in which they came.
+// One whose work fails is tried again after a second, then after twice as long
+// and so on, up to five minutes, until retry_for has passed since it was taken;
+// others go on meanwhile. Run returns nil when the context has ended and work
+// has returned, and an error when the file cannot be written.
+func (q *Queue) Run(ctx context.Context, work func(context.Context, event.Event) error) error {
+	var done []uint64 // worked off, and not yet so on disk
+	flushed := time.Now()
+	for {
+		var e *entry
+		var wait time.Duration
+		if ctx.Err() == nil {
+			e, wait = q.next()
+		}
+		if len(done) > 0 && (e == nil || len(done) >= flushAt || time.Since(flushed) >= flushAfter) {
+			if err := q.remove(done, nil); err != nil {
+				return err
+			}
+			done, flushed = done[:0], time.Now()
+		}
+		if ctx.Err() != nil {
+			return nil //nolint:nilerr // the context's end is how Run is ended
+		}
+		if e == nil {
+			q.sleep(ctx, wait)
+			continue
+		}
+		ok, err := q.try(ctx, *e, work)
+		if err != nil {
+			return errors.Join(err, q.remove(done, nil))
+		}
+		if ok {
+			done = append(done, e.seq)
+		}
+	}
+}
+
+// next takes the entry that is due out of the waiting ones, or says how long
+// there will be none; 0 is until something comes.
+func (q *Queue) next() (*entry, time.Duration) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.waiting) == 0 {
+		return nil, 0
+	}
+	if wait := time.Until(q.waiting[0].at); wait > 0 {
+		return nil, wait
+	}
+	e, _ := heap.Pop(&q.waiting).(entry) // the heap has nothing else
+	return &e, 0
+}
+
+func (q *Queue) sleep(ctx context.Context, wait time.Duration) {
+	var timer <-chan time.Time
+	if wait > 0 {
+		t := time.NewTimer(wait)
+		defer t.Stop()
+		timer = t.C
+	}
+	select {
+	case <-ctx.Done():
+	case <-q.wake:
+	case <-timer:
+	}
+}
+
+// try has one event worked on, and puts it back if that fails. It returns
+// whether the event can be removed.
+func (q *Queue) try(ctx context.Context, e entry, work func(context.Context, event.Event) error) (bool, error) {
+	var r record
+	err := q.db.View(func(tx *bbolt.Tx) error {
+		return json.Unmarshal(tx.Bucket(eventsBucket).Get(bytesOf(e.seq)), &r)
+	})
+	if err != nil {
+		q.log.Error("an event in the queue cannot be read", "sequence", e.seq, "error", err)
+		q.ended(event.Unreadable)
+		return true, nil
+	}
+	err = work(ctx, r.Event)
+	switch {
+	case err == nil:
+		q.ended("")
+		return true, nil
+	case ctx.Err() != nil: // it had no chance
+	case time.Since(r.Taken) >= q.config.RetryFor.Duration():
+		q.log.Warn("an event is given up", "image", r.Event.Image(), "receiver", r.Event.Source, "tries", e.tries+1, "error", err)
+		q.ended(GaveUp)
+		return false, q.remove([]uint64{e.seq}, &r.Event)
+	default:
+		e.at = time.Now().Add(backoff(e.tries))
+		e.tries++
+		q.log.Info("an event is tried again later", "image", r.Event.Image(), "receiver", r.Event.Source, "tries", e.tries, "error", err)
+	}
+	q.mu.Lock()
+	heap.Push(&q.waiting, e)
+	q.mu.Unlock()
+	return false, nil //nolint:nilerr // the work's error was logged, and the event waits again
+}
+
+func backoff(tries int) time.Duration {
+	return min(firstRetry<<min(tries, 20), lastRetry)
+}
+
+func (q *Queue) ended(why event.Kind) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if why == "" {
+		q.done++
+		return
+	}
+	q.nothing[why]++
+}
+
+// remove deletes events, and what makes one of them known, so that it is taken
+// when it comes again.
+func (q *Queue) remove(seqs []uint64, forget *event.Event) error {
+	if len(seqs) == 0 {
+		return nil
+	}
+	err := q.db.Update(func(tx *bbolt.Tx) error {
+		b := tx.Bucket(eventsBucket)
+		for _, s := range seqs {
+			if err := b.Delete(bytesOf(s)); err != nil {
+				return err
+			}
+		}
+		if forget != nil {
+			_, marks := keys(*forget)
+			for _, k := range marks {
+				if err := tx.Bucket(seenBucket).Delete(k[:]); err != nil {
+					return err
+				}
+			}
+		}
+		return add(tx, eventsBucket, -len(seqs))
+	})
+	if err != nil {
+		return fmt.Errorf("queue.file: %w", err)
+	}
+	return nil
+}
+
+// entry is an event that waits, by its sequence.
+type entry struct {
+	at    time.Time
+	seq   uint64
+	tries int
+}
+
+// due is a heap of entries: the one that is due first is on top.
+type due []entry
+
+func (d due) Len() int { return len(d) }
+
+func (d due) Less(i, j int) bool {
+	if !d[i].at.Equal(d[j].at) {
+		return d[i].at.Before(d[j].at)
+	}
+	return d[i].seq < d[j].seq
+}
+
+func (d due) Swap(i, j int) { d[i], d[j] = d[j], d[i] }
+
+// Push implements heap.Interface.
+func (d *due) Push(x any) {
+	e, _ := x.(entry) // nothing else is pushed
+	*d = append(*d, e)
+}
+
+// Pop implements heap.Interface.
+func (d *due) Pop() any {
+	last := len(*d) - 1
+	e := (*d)[last]
+	*d = (*d)[:last]
+	return e
+}
