@@ -225,24 +225,52 @@ func TestConnectionCut(t *testing.T) {
 	})
 }
 
+// holdSocket starts a node's daemon anew, on a socket that is held until the test
+// ends.
+func holdSocket(ctx context.Context, t *testing.T, n *harness.Node) {
+	t.Helper()
+	must(t, n.Wolf.Stop())
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: n.Wolf.Socket()})
+	must(t, err)
+	l.SetUnlinkOnClose(false) // the next daemon makes its own in its place
+	n.Wolf.Socketed, err = l.File()
+	must(t, err)
+	must(t, l.Close())
+	t.Cleanup(func() {
+		must(t, n.Wolf.Stop())
+		must(t, n.Wolf.Socketed.Close())
+		n.Wolf.Socketed = nil
+	})
+	must(t, n.Wolf.Start(ctx))
+}
+
+// TestRestartInAPull: a daemon whose socket is held is started again in the middle
+// of a pull. What is under way has a few seconds to end, what comes next waits.
+func TestRestartInAPull(t *testing.T) {
+	each(t, func(ctx context.Context, t *testing.T, w *world) {
+		n, img := w.Nodes[0], image(ctx, t, 8, 8, 8, 8, 8, 8)
+		holdSocket(ctx, t, n)
+		registry.Behave(harness.Behavior{Rate: 12 * mib})
+		t.Cleanup(func() { registry.Behave(harness.Behavior{}) })
+		began := time.Now()
+		pulls := pull(ctx, w.ns, img.Ref, n)
+		reached(ctx, t, img.Layer(0), mib)
+		stop := time.Now()
+		must(t, n.Wolf.Stop())
+		stopped := time.Now()
+		must(t, n.Wolf.Start(ctx))
+		finish(t, pulls)
+		t.Logf("stopped in %.1f s, pulled in %.1f s", stopped.Sub(stop).Seconds(), time.Since(began).Seconds())
+		whole(ctx, t, w.ns, img, n)
+	})
+}
+
 // TestSocketIsHeld: systemd holds the socket, so that containerd waits for a
 // daemon that is started again, and does not fail.
 func TestSocketIsHeld(t *testing.T) {
 	each(t, func(ctx context.Context, t *testing.T, w *world) {
 		n, img := w.Nodes[0], image(ctx, t, 8)
-		must(t, n.Wolf.Stop())
-		l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: n.Wolf.Socket()})
-		must(t, err)
-		l.SetUnlinkOnClose(false) // the next daemon makes its own in its place
-		n.Wolf.Socketed, err = l.File()
-		must(t, err)
-		must(t, l.Close())
-		t.Cleanup(func() {
-			must(t, n.Wolf.Stop())
-			must(t, n.Wolf.Socketed.Close())
-			n.Wolf.Socketed = nil
-		})
-		must(t, n.Wolf.Start(ctx))
+		holdSocket(ctx, t, n)
 		for _, end := range []func(){n.Wolf.Kill, func() { must(t, n.Wolf.Stop()) }} {
 			end()
 			waiting := pull(ctx, w.ns, img.Ref, n)

@@ -32,6 +32,17 @@ var faults = []fault{
 		n.Wolf.Kill()
 	}},
 	{name: "tracker partitioned", layers: []int64{32}, act: func(_ context.Context, r *faultRun) { r.cut(r.tracker()) }},
+	{name: "fetcher's imagewolf stopped", extra: 3 * time.Second, copies: 1.3, act: func(_ context.Context, r *faultRun) {
+		r.stop(r.fetcher)
+	}},
+	{name: "tracker stopped", layers: []int64{32}, extra: 3 * time.Second, act: func(_ context.Context, r *faultRun) {
+		r.stop(r.tracker())
+	}},
+	{
+		// They take turns at being first hop.
+		name: "a leecher stopped", extra: 3 * time.Second,
+		act: func(_ context.Context, r *faultRun) { r.stop(r.leechers()[0]) },
+	},
 	{name: "a leecher killed", act: func(_ context.Context, r *faultRun) {
 		n := r.leechers()[0]
 		r.lose(n)
@@ -114,9 +125,9 @@ var faults = []fault{
 		},
 	},
 	{
-		// Once wrong, once right, and once more for the node that vouched for the
-		// wrong ones, which is shut out.
-		name: "registry sends wrong bytes once", copies: 2.1,
+		// One of the two layers once wrong and once right. The pull of the node that
+		// was sent wrong bytes fails, as it would without ImageWolf.
+		name: "registry sends wrong bytes once", copies: 1.6, tries: 1,
 		before: func(_ context.Context, r *faultRun) {
 			r.retry = true
 			registry.Behave(harness.Behavior{Rate: faultRate, Corrupt: true, Digest: r.layer, Times: 1})
@@ -139,6 +150,34 @@ var faults = []fault{
 		must(r.T, r.machine(slow).SetRate(1_000_000))
 		r.mend(func() error { return r.machine(slow).SetRate(0) })
 	}},
+	{
+		// The others know from another image how fast the registry is; the slow node
+		// has just come, and is the first who wants this one.
+		name: "a node of 1 Mbit/s fetches", layers: []int64{32}, extra: 15 * time.Second,
+		before: func(ctx context.Context, r *faultRun) {
+			other := image(ctx, r.T, 16, 16, 16)
+			r.first = r.Nodes[rand.IntN(faultNodes)]
+			r.say("%s", r.first.Name)
+			r.lose(r.first)
+			must(r.T, r.first.Wolf.Stop())
+			_, err := harness.PullOn(ctx, without(r.Nodes, r.first), r.ns, other.Ref)
+			must(r.T, err)
+			must(r.T, r.first.Wolf.Start(ctx))
+			must(r.T, r.Settle(ctx))
+			must(r.T, r.machine(r.first).SetRate(1_000_000))
+			r.mend(func() error { return r.machine(r.first).SetRate(0) })
+			registry.Reset()
+		},
+	},
+}
+
+// stop stops a node's daemon as systemd would.
+func (r *faultRun) stop(n *harness.Node) {
+	r.lose(n)
+	r.say("%s", n.Name)
+	began := time.Now()
+	must(r.T, n.Wolf.Stop())
+	r.say("it took %.1f s", time.Since(began).Seconds())
 }
 
 // cut takes a node off the network until all is mended.

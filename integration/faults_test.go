@@ -45,6 +45,8 @@ type fault struct {
 	extra time.Duration
 	// copies may leave the registry at most; 0: usualCopies.
 	copies float64
+	// tries is how many pulls may be tried again; 0: all, if any may.
+	tries int
 	// after has more to check, when all is mended; may be nil.
 	after func(ctx context.Context, r *faultRun)
 }
@@ -58,7 +60,9 @@ type faultRun struct {
 	layer   string        // the first layer's digest
 	fetcher *harness.Node // of that layer
 	lost    []*harness.Node
-	retry   bool // a pull may fail once
+	retry   bool          // a pull may fail once
+	tried   int           // pulls that did
+	first   *harness.Node // whose pull begins before the others', and fetches; may be nil
 	undo    []func() error
 	note    []string
 }
@@ -214,8 +218,7 @@ func (s *faultSite) run(t *testing.T, f fault) {
 	if f.before != nil {
 		f.before(ctx, r)
 	}
-	began := time.Now()
-	pulls := pull(ctx, r.ns, r.img.Ref, s.Nodes...)
+	began, pulls := r.pull(ctx)
 	if f.act != nil {
 		r.fetcher = (&world{Cluster: s.Cluster}).nodeOf(t, reached(ctx, t, r.layer, 5*mib))
 		f.act(ctx, r)
@@ -226,7 +229,9 @@ func (s *faultSite) run(t *testing.T, f fault) {
 		}
 		err := <-p.done
 		if err != nil && r.retry {
+			r.tried++
 			r.say("%s tried again", p.node.Name)
+			t.Logf("%s tries again: %v", p.node.Name, err)
 			err = p.node.Pull(ctx, r.ns, r.img.Ref)
 		}
 		if err != nil {
@@ -247,6 +252,17 @@ func (s *faultSite) run(t *testing.T, f fault) {
 	t.Logf("%.1f s (%.1f s without), registry copies %.3f; %s", took.Seconds(), without.Seconds(), copies, line.Note)
 }
 
+// pull starts the pulls on all nodes, and says when those of all but the first
+// began.
+func (r *faultRun) pull(ctx context.Context) (began time.Time, pulls []*pulling) {
+	if r.first == nil {
+		return time.Now(), pull(ctx, r.ns, r.img.Ref, r.Nodes...)
+	}
+	pulls = pull(ctx, r.ns, r.img.Ref, r.first)
+	reached(ctx, r.T, r.layer, 1)
+	return time.Now(), append(pulls, pull(ctx, r.ns, r.img.Ref, without(r.Nodes, r.first)...)...)
+}
+
 // judge holds the figures against the bounds.
 func (r *faultRun) judge(f fault, took, without time.Duration, copies float64) {
 	extra, most := f.extra, f.copies
@@ -258,6 +274,9 @@ func (r *faultRun) judge(f fault, took, without time.Duration, copies float64) {
 	}
 	if took > without+extra {
 		r.Errorf("took %.1f s, %.1f s without the fault: more than %s longer", took.Seconds(), without.Seconds(), extra)
+	}
+	if f.tries > 0 && r.tried > f.tries {
+		r.Errorf("%d pulls failed once, more than %d", r.tried, f.tries)
 	}
 	if copies > most {
 		r.Errorf("the registry sent %.3f copies, more than %.2f", copies, most)

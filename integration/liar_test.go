@@ -216,7 +216,7 @@ var lies = []struct {
 		},
 	},
 	{
-		name: "a seeder that stalls after a block", within: 10, copies: 1.05,
+		name: "a seeder that stalls after a block", within: 8, copies: 1.05, log: "announced segments and sent nothing",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			stalled := &lie{bytes: right, after: 64 << 10, until: make(chan struct{})}
 			l.seed(n, d, stalled, int64(len(right)), right)
@@ -224,7 +224,7 @@ var lies = []struct {
 		},
 	},
 	{
-		name: "a seeder that is not there", within: 10, copies: 1.05,
+		name: "a seeder that is not there", within: 8, copies: 1.05, log: "announced segments and sent nothing",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			announced := l.offer(d, int64(len(right)), &lie{bytes: right})
 			l.addr = "127.0.0.1:1" // where nobody listens
@@ -235,7 +235,7 @@ var lies = []struct {
 		},
 	},
 	{
-		name: "a promise to be seeder", within: 10, copies: 1.05,
+		name: "a promise to be seeder", within: 10, copies: 1.05, log: "member did not do as it said",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			stream, err := l.dial(n).Register(l.Context())
 			must(l.T, err)
@@ -246,7 +246,7 @@ var lies = []struct {
 		},
 	},
 	{
-		name: "a fetcher that never moves", within: 10, copies: 1.05,
+		name: "a fetcher that never moves", within: 10, copies: 1.05, log: "member did not do as it said",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			hello := &api.Hello{Digest: d.String(), Size: int64(len(right)), Status: &api.Status{CanFetch: true}}
 			l.join(n, hello, nil)

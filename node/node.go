@@ -84,7 +84,8 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 
 // Run serves containerd until ctx ends. It returns an error only where the
 // node cannot serve its containerd: a store that cannot be opened, a socket
-// that cannot be listened on. Nothing that happens in the cluster ends it.
+// that cannot be listened on. Nothing that happens in the cluster ends it. When
+// ctx ends it goes on while a blob is being pulled, for at most 10 seconds.
 func (n *Node) Run(ctx context.Context) (err error) {
 	l, err := proxy.Listen(n.cfg.Socket)
 	if err != nil {
@@ -107,9 +108,15 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		}),
 	})
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return srv.Serve(ctx, l) })
+	// Pulls under way have a few seconds to end, and so has what this node does
+	// for the others; they hear of its leave when it goes, not when it is killed.
+	inCluster, leave := context.WithCancel(context.WithoutCancel(ctx))
+	g.Go(func() error {
+		defer leave()
+		return srv.Serve(ctx, l)
+	})
 	g.Go(func() error { return n.store.Run(ctx) })
-	g.Go(func() error { n.runStack(ctx); return nil })
+	g.Go(func() error { n.runStack(inCluster); return nil })
 	g.Go(func() error { n.watch(ctx); return nil })
 	if a := n.cfg.Metrics.Address; a != "" {
 		g.Go(func() error { n.metrics.Serve(ctx, a, n.log); return nil })

@@ -24,7 +24,9 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/config"
@@ -92,7 +94,9 @@ type testNode struct {
 	*Node
 	cfg    config.Config
 	client content.Store
-	stop   func()
+	cancel func() // tells it to stop
+	end    func() // and waits
+	stop   func() // and closes the connection before
 }
 
 func testConfig(t *testing.T, name, key, join string) config.Config {
@@ -128,11 +132,14 @@ func startNode(t *testing.T, cfg config.Config) *testNode {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tn := &testNode{Node: n, cfg: cfg, client: contentproxy.NewContentStore(conn)}
-	tn.stop = sync.OnceFunc(func() {
-		if err := conn.Close(); err != nil {
+	tn := &testNode{Node: n, cfg: cfg, client: contentproxy.NewContentStore(conn), cancel: cancel}
+	tn.stop = func() {
+		if err := conn.Close(); err != nil && status.Code(err) != codes.Canceled {
 			t.Error(err)
 		}
+		tn.end()
+	}
+	tn.end = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("%s: %v", cfg.Cluster.Name, err)
@@ -371,6 +378,41 @@ func pullInVain(t *testing.T, nodes []*testNode, from, rest *registry, off int64
 
 // The client that fetches dies in mid-blob: another node goes on from the
 // byte it reached, and the registry sends about one copy in all.
+// A node that is told to stop in the middle of a pull goes on with it for a moment:
+// neither its own pull fails nor that of one who has it from there.
+func TestStopInAPull(t *testing.T) {
+	r := newRegistry(t, 4*mib)
+	nodes := startNodes(t, 3)
+	reached, released := make(chan struct{}), make(chan struct{})
+	once := sync.OnceFunc(func() { close(reached) })
+	r.gate = func(off int64) {
+		if off >= 2*mib {
+			once()
+			<-released
+		}
+	}
+	pulls := make(chan error, len(nodes))
+	for _, tn := range nodes {
+		go func() { pulls <- tn.pull(t.Context(), r, "default") }()
+	}
+	<-reached
+	var stops sync.WaitGroup
+	for _, tn := range nodes[1:] {
+		tn.cancel()
+		stops.Go(tn.end)
+	}
+	close(released)
+	for range nodes {
+		if err := <-pulls; err != nil {
+			t.Error(err)
+		}
+	}
+	stops.Wait()
+	if got := r.sent.Load(); got != int64(len(r.blob)) {
+		t.Errorf("the registry sent %d bytes", got)
+	}
+}
+
 func TestFetchersClientDies(t *testing.T) {
 	nodes := startNodes(t, 4)
 	r := newRegistry(t, 32<<20)

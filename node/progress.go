@@ -237,27 +237,32 @@ func (s *session) patience(now time.Time) {
 		s.state, _ = s.content.Watch()
 		return
 	}
-	if s.state.Writing == 0 && still >= cfg.StallTimeout.Duration() && now.Sub(s.askedAt) >= cfg.StallTimeout.Duration() {
+	stall := cfg.StallTimeout.Duration()
+	if s.state.Writing == 0 && still >= stall && now.Sub(s.askedAt) >= stall/2 {
 		s.askedAt = now
 		ask := &apiv1.Ask{}
-		if long := 2 * cfg.StallTimeout.Duration(); still >= long {
+		// A little less than after which the tracker does without them.
+		if long := 2*stall - stall/4; still >= long {
 			ask.Silent = s.silent(now.Add(-long))
 		}
 		s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Ask{Ask: ask}})
 	}
 }
 
-// silent returns the names of the peers that were told of before since and have
-// sent nothing after it. Some of them may have nothing to send, which the tracker
-// knows.
+// silent returns the names of the peers that the tracker told of and that were asked
+// before since and have sent nothing after it, or that cannot be reached.
 func (s *session) silent(since time.Time) []string {
 	if s.blob == nil {
 		return nil
 	}
 	var names []string
-	for name, p := range s.met {
-		if p.at.Before(since) && !s.blob.Heard(p.address).After(since) && !s.blob.Heard(name).After(since) {
-			names = append(names, name)
+	for name, address := range s.met {
+		// One that connected to us goes by its name.
+		for _, p := range []string{address, name} {
+			if owed := s.blob.Owed(p); !owed.IsZero() && owed.Before(since) {
+				names = append(names, name)
+				break
+			}
 		}
 	}
 	slices.Sort(names)

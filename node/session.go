@@ -78,12 +78,12 @@ type session struct {
 	resumed bool      // has been a member before
 
 	state      store.State
-	pieces     map[int][]byte   // hashes of the segments known so far
-	peers      map[int][]string // of segments that nobody here has wanted yet
-	met        map[string]met   // by name: the peers told so far
-	recalled   map[int][]byte   // hashes that this node made when it first had the blob
-	announced  map[int]bool     // segments whose torrents are ready here and told
-	sent       *apiv1.Status    // the last Status sent
+	pieces     map[int][]byte    // hashes of the segments known so far
+	peers      map[int][]string  // of segments that nobody here has wanted yet
+	met        map[string]string // addresses of the peers told so far, by name
+	recalled   map[int][]byte    // hashes that this node made when it first had the blob
+	announced  map[int]bool      // segments whose torrents are ready here and told
+	sent       *apiv1.Status     // the last Status sent
 	sentAt     time.Time
 	inlineSent bool
 	ownWay     bool        // the swarm's bytes were wrong: only the registry is believed from here on
@@ -108,12 +108,6 @@ type metered struct {
 	broughtAt time.Time // when that last grew, or a client was sent to the registry
 }
 
-// met is a peer that the tracker has told of.
-type met struct {
-	address string
-	at      time.Time // when it was first told
-}
-
 // trackerSession is the part of tracker.Session that a session speaks to.
 type trackerSession interface {
 	Send(m *apiv1.MemberMessage) error
@@ -130,7 +124,7 @@ func newSession(n *Node, st *stack, d digest.Digest, size int64, c source) *sess
 		layout:    swarm.LayoutOf(size),
 		pieces:    map[int][]byte{},
 		peers:     map[int][]string{},
-		met:       map[string]met{},
+		met:       map[string]string{},
 		recalled:  map[int][]byte{},
 		announced: map[int]bool{},
 		movedAt:   now, usedAt: now, started: now,
@@ -352,9 +346,7 @@ func (s *session) segment(m *apiv1.Segment) {
 	}
 	for _, p := range m.GetPeers() {
 		s.peers[i] = append(s.peers[i], p.GetAddress())
-		if _, ok := s.met[p.GetName()]; !ok {
-			s.met[p.GetName()] = met{p.GetAddress(), time.Now()}
-		}
+		s.met[p.GetName()] = p.GetAddress()
 	}
 	if !s.passive() {
 		s.leech(i)

@@ -19,7 +19,7 @@ func TestReplacedHashes(t *testing.T) {
 	p := newZoned(t, content, 1, 1).peers[0]
 	s := &session{
 		blob: p.blob, layout: swarm.LayoutOf(int64(len(content))), log: slog.New(slog.DiscardHandler),
-		pieces: map[int][]byte{}, peers: map[int][]string{}, met: map[string]met{}, announced: map[int]bool{},
+		pieces: map[int][]byte{}, peers: map[int][]string{}, met: map[string]string{}, announced: map[int]bool{},
 	}
 	hashes := func(with byte) []byte { return bytes.Repeat([]byte{with}, 20*s.layout.Pieces(0)) }
 	told := func(seg int, pieces []byte) {
@@ -37,8 +37,7 @@ func TestReplacedHashes(t *testing.T) {
 	}
 }
 
-// TestSilent: peers are silent that were told of long ago and have sent nothing
-// since, by either of their names.
+// TestSilent: peers are silent that have been asked, or could not be reached.
 func TestSilent(t *testing.T) {
 	content := make([]byte, 2*mib)
 	nodes := newZoned(t, content, 2, 1).peers
@@ -56,23 +55,29 @@ func TestSilent(t *testing.T) {
 	}
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
+	limit := time.After(20 * time.Second)
 	for !leecher.blob.Ready(0) {
 		select {
 		case <-tick.C:
-		case <-time.After(20 * time.Second):
+		case <-limit:
 			t.Fatal("nothing was sent")
 		}
 	}
-	long := before.Add(-time.Minute)
-	s := &session{blob: leecher.blob, met: map[string]met{
-		"sends":    {seeder.addr, long},
-		"does not": {"127.0.0.1:1", long},
-		"is new":   {"127.0.0.1:2", before.Add(time.Hour)},
-	}}
-	if got, want := s.silent(before), []string{"does not"}; !slices.Equal(got, want) {
-		t.Errorf("%v, want %v", got, want)
+	s := &session{blob: leecher.blob, met: map[string]string{"sends": seeder.addr, "is not there": "127.0.0.1:1"}}
+	if err := leecher.blob.Leech(1, pieces, []string{"127.0.0.1:1"}); err != nil {
+		t.Fatal(err)
 	}
-	if got, want := s.silent(time.Now().Add(time.Second)), []string{"does not", "sends"}; !slices.Equal(got, want) {
+	for leecher.blob.Owed("127.0.0.1:1").IsZero() {
+		select {
+		case <-tick.C:
+		case <-limit:
+			t.Fatal("nobody was dialed")
+		}
+	}
+	if got := s.silent(before); len(got) > 0 {
+		t.Errorf("%v are silent before they were asked", got)
+	}
+	if got, want := s.silent(time.Now().Add(time.Second)), []string{"is not there"}; !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}
 }

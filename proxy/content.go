@@ -29,7 +29,7 @@ const maxReadReply = 32700
 type contentService struct {
 	contentapi.ContentServer // everything else: containerd's own
 
-	stopping context.Context // ends when the server is told to stop
+	stopping context.Context // ends when the server is about to end the calls under way
 	store    content.Store
 	readers  *readerCache
 	buffers  sync.Pool // *[]byte of maxReadReply bytes

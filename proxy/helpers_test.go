@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	"github.com/containerd/containerd/v2/core/content"
@@ -69,6 +70,12 @@ func localStore(t testing.TB, root string) content.Store {
 // error; it may be called more than once and is called at the test's end.
 func start(t testing.TB, o Options) (conn *grpc.ClientConn, stop func() error) {
 	t.Helper()
+	return startGrace(t, o, stopGrace)
+}
+
+// startGrace is start with another grace than the usual one.
+func startGrace(t testing.TB, o Options, grace time.Duration) (conn *grpc.ClientConn, stop func() error) {
+	t.Helper()
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
@@ -79,7 +86,9 @@ func start(t testing.TB, o Options) (conn *grpc.ClientConn, stop func() error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
-	go func() { served <- New(o).Serve(ctx, l) }()
+	srv := New(o)
+	srv.grace = grace
+	go func() { served <- srv.Serve(ctx, l) }()
 	conn, err = grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20), grpc.MaxCallSendMsgSize(16<<20)))
 	if err != nil {

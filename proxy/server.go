@@ -27,10 +27,21 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// stopGrace is how long calls under way may go on once the server is told to
-// stop. Commits need milliseconds; a long apply or a write from the registry
-// is cut, and containerd retries it.
-const stopGrace = 5 * time.Second
+// stopGrace is how long the server goes on after it is told to stop, while blobs
+// are being written or applied. A pull that is not through by then fails:
+// containerd has no answer to a writer that has gone. Until then the server takes
+// all calls, new ones as well: nobody would answer them for as long, and
+// containerd gives up a connection on which nobody answers in a second or two.
+const stopGrace = 10 * time.Second
+
+// lull is how long a pull may do nothing between two calls.
+const lull = 200 * time.Millisecond
+
+// The calls that are given time to end.
+const (
+	writeMethod = "/containerd.services.content.v1.Content/Write"
+	applyMethod = "/containerd.services.diff.v1.Diff/Apply"
+)
 
 // Options says what a Server serves.
 type Options struct {
@@ -51,13 +62,52 @@ type Server struct {
 	store   content.Store
 	applier diff.Applier
 	log     *slog.Logger
+	grace   time.Duration
+	work    work
 
 	panicked func()
 }
 
+// work counts the calls that are not to be cut short if it can be helped.
+type work struct {
+	mu    sync.Mutex
+	n     int           // guarded by mu
+	ended chan struct{} // guarded by mu; closed when n is 0; nil if nobody waits for that
+}
+
+// begin counts a call until the returned function is called.
+func (w *work) begin() (end func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.n++
+	return func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.n--; w.n == 0 && w.ended != nil {
+			close(w.ended)
+			w.ended = nil
+		}
+	}
+}
+
+// idle returns a channel that is closed once there is no such call.
+func (w *work) idle() <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ended == nil {
+		w.ended = make(chan struct{})
+	}
+	ended := w.ended
+	if w.n == 0 {
+		close(w.ended)
+		w.ended = nil
+	}
+	return ended
+}
+
 // New returns a server. It starts nothing.
 func New(o Options) *Server {
-	s := &Server{store: o.Store, applier: o.Applier, log: o.Log, panicked: o.Panicked}
+	s := &Server{store: o.Store, applier: o.Applier, log: o.Log, grace: stopGrace, panicked: o.Panicked}
 	if s.panicked == nil {
 		s.panicked = func() {}
 	}
@@ -67,12 +117,15 @@ func New(o Options) *Server {
 	return s
 }
 
-// Serve answers calls on l until ctx ends, and closes l. When ctx ends, streams
-// that wait for a blob are let go with Unavailable at once, other calls have 5
-// seconds to finish; then they are cancelled. No handler runs any more when
-// Serve returns. The error is nil if ctx ended.
+// Serve answers calls on l until ctx ends, and closes l. When ctx ends it goes on
+// until no blob is being written or applied, for at most 10 seconds; then streams
+// that wait for a blob are let go with Unavailable, and what is left is cancelled
+// a second later. No handler runs any more when Serve returns. The error is nil if
+// ctx ended.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	cache := newReaderCache(s.store)
+	stopping, tell := context.WithCancel(context.WithoutCancel(ctx))
+	defer tell()
 	srv := grpc.NewServer(
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
@@ -80,7 +133,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		grpc.UnaryInterceptor(s.recoverUnary),
 		grpc.StreamInterceptor(s.recoverStream),
 	)
-	contentapi.RegisterContentServer(srv, newContentService(ctx, s.store, cache))
+	contentapi.RegisterContentServer(srv, newContentService(stopping, s.store, cache))
 	diffapi.RegisterDiffServer(srv, diffservice.FromApplierAndComparer(s.applier, nil))
 
 	sweepCtx, stopSweep := context.WithCancel(context.WithoutCancel(ctx))
@@ -99,7 +152,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		return fmt.Errorf("serve %s: %w", l.Addr(), err)
 	case <-ctx.Done():
 	}
-	hard := time.AfterFunc(stopGrace, srv.Stop)
+	s.drain()
+	tell()
+	hard := time.AfterFunc(s.grace/10, srv.Stop)
 	srv.GracefulStop()
 	hard.Stop()
 	srv.Stop() // returns when the last handler has, also if the timer fired
@@ -107,15 +162,45 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	return nil
 }
 
+// drain returns when nothing is being written or applied, or after the grace.
+func (s *Server) drain() {
+	over := time.After(s.grace)
+	for {
+		idle := s.work.idle()
+		select {
+		case <-idle:
+			return
+		default:
+		}
+		// One layer's end is not the pull's.
+		select {
+		case <-idle:
+		case <-over:
+			return
+		}
+		select {
+		case <-time.After(lull):
+		case <-over:
+			return
+		}
+	}
+}
+
 // recoverUnary turns a panic of a handler into an error of that one call: the
 // node's containers must not lose their content store to one bad request.
 func (s *Server) recoverUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (resp any, err error) {
 	defer s.recovered(info.FullMethod, &err)
+	if info.FullMethod == applyMethod {
+		defer s.work.begin()()
+	}
 	return h(ctx, req)
 }
 
 func (s *Server) recoverStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, h grpc.StreamHandler) (err error) {
 	defer s.recovered(info.FullMethod, &err)
+	if info.FullMethod == writeMethod {
+		defer s.work.begin()()
+	}
 	return h(srv, ss)
 }
 

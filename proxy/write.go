@@ -203,7 +203,7 @@ func (st *writeStream) wait() error {
 	}
 	ctx, cancel := context.WithCancel(st.session.Context())
 	defer cancel()
-	// Whoever waits when the server stops would only be in its way.
+	// Whoever still waits then is to hear why it ends.
 	defer context.AfterFunc(st.svc.stopping, cancel)()
 	err := w.Wait(ctx)
 	if err != nil && st.svc.stopping.Err() != nil && st.session.Context().Err() == nil {

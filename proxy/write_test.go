@@ -6,6 +6,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	"github.com/containerd/containerd/v2/core/content"
@@ -276,7 +277,7 @@ func TestWaitEndsWithItsStream(t *testing.T) {
 
 func TestWaitEndsWithTheServer(t *testing.T) {
 	w := &filling{waiting: make(chan struct{}), release: until}
-	conn, stop := start(t, Options{Store: fillingStore(t, w)})
+	conn, stop := startGrace(t, Options{Store: fillingStore(t, w)}, 500*time.Millisecond)
 	cw, err := client(conn).Writer(t.Context(), content.WithRef("r"))
 	if err != nil {
 		t.Fatal(err)

@@ -345,17 +345,6 @@ func (b *Blob) LastReceived() time.Time {
 	return atStart(b.lastReceived.Load())
 }
 
-// Heard is when a peer, named as in Stats, last sent bytes of the blob; the zero
-// time if it has not since Open.
-func (b *Blob) Heard(peer string) time.Time {
-	b.acct.Lock()
-	defer b.acct.Unlock()
-	if a := b.accounts[peer]; a != nil {
-		return a.last
-	}
-	return time.Time{}
-}
-
 // Stats takes no lock of the torrent client and may be called often.
 func (b *Blob) Stats() Stats {
 	st := Stats{Uploaded: b.uploaded.Load(), Downloaded: b.downloaded.Load(), LastActive: atStart(b.lastActive.Load())}

@@ -199,6 +199,7 @@ func (d dialer) Dial(ctx context.Context, text string) (net.Conn, error) {
 type unreachable struct {
 	wait  time.Duration
 	until time.Time
+	since time.Time // when it could not be dialed first
 }
 
 // mayDial reports whether it is time to dial addr (again).
@@ -218,6 +219,9 @@ func (s *Swarm) dialed(addr string, err error, now time.Time) {
 		return
 	}
 	u := s.unreachable[addr]
+	if u.since.IsZero() {
+		u.since = now
+	}
 	u.wait = min(max(2*u.wait, minDialRetry), maxDialRetry)
 	u.until = now.Add(u.wait)
 	if len(s.unreachable) >= maxDialFailures {

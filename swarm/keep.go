@@ -20,7 +20,8 @@ const (
 // account is what is known of one peer's doings in one blob.
 type account struct {
 	bytes     int64
-	last      time.Time // when the last of them came
+	owed      int       // requests that it has not answered
+	since     time.Time // when it last sent something, or was asked when it owed nothing
 	good, bad int       // pieces it had a part in
 	until     time.Time // left out before that
 	banned    bool
@@ -71,7 +72,7 @@ func (s *segment) received(peer string, piece, n int) {
 	defer b.acct.Unlock()
 	s.moved = now
 	a := b.account(peer)
-	a.bytes, a.last = a.bytes+int64(n), now
+	a.bytes, a.since = a.bytes+int64(n), now
 	from := s.senders[piece]
 	if from == nil {
 		from = map[string]struct{}{}
@@ -199,6 +200,7 @@ func (b *Blob) look(now time.Time) (more bool) {
 		}
 		more = true
 		b.refresh(s)
+		b.dismiss(s, now)
 		begun := !s.begun.IsZero()
 		if !b.begin(s, now, room) {
 			continue

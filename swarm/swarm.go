@@ -241,6 +241,8 @@ func (s *Swarm) clientConfig() *torrent.ClientConfig {
 	c.Logger, c.Slogger = libraryLoggers(s.opts.Log)
 	c.Callbacks.CompletedHandshake = s.completedHandshake
 	c.Callbacks.ReadMessage = s.check
+	c.Callbacks.SentRequest = []func(torrent.PeerRequestEvent){s.asked}
+	c.Callbacks.DeletedRequest = []func(torrent.PeerRequestEvent){s.settled}
 	c.Callbacks.ReceivedUsefulData = []func(torrent.ReceivedUsefulDataEvent){s.received}
 	return c
 }

@@ -200,8 +200,19 @@ func (m *Machine) hedge(now time.Time) {
 		return
 	}
 	if best != nil {
+		for _, f := range m.fetchers {
+			m.idles(f)
+		}
 		m.tell(now, best)
 		m.wakeAt(now.Add(m.stall))
+	}
+}
+
+// idles has a member named that was told to fetch and has not begun.
+func (m *Machine) idles(f *member) {
+	if !f.fetching && !f.idle {
+		f.idle = true
+		m.name(f.name, "it was told to fetch and did not")
 	}
 }
 
@@ -289,7 +300,7 @@ func (m *Machine) expireTold(now time.Time) {
 		if f.tells++; f.tells > 1 {
 			m.castOut(f, "it was told to fetch and did not, again")
 		} else {
-			m.name(f.name, "it was told to fetch and did not")
+			m.idles(f)
 		}
 		m.sort(now, f)
 	}

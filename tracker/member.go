@@ -58,6 +58,7 @@ type member struct {
 	suspect bool          // it has bytes by hashes that another member found wrong
 	mending bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones
 	proven  bool          // another has had a segment from it
+	idle    bool          // it was named for not fetching
 	tells   int           // times it was told in vain
 	slow    time.Time     // since when it is known to be a slow fetcher; zero if it is not
 	from    int64         // bytes from 0 on that it had when it became fetcher

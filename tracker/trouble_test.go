@@ -152,3 +152,17 @@ func TestComplaints(t *testing.T) {
 		}
 	}
 }
+
+func TestPatienceEndsWellBeforeAllGiveUp(t *testing.T) {
+	for _, c := range []struct{ maxWait, want time.Duration }{
+		{0, busyStalls * 2 * time.Second},
+		{30 * time.Second, busyStalls * 2 * time.Second},
+		{6 * time.Second, 3 * time.Second},
+		{2 * time.Second, 2 * time.Second},
+	} {
+		m := NewMachine(testDigest, testSize, MachineOptions{Layout: testLayout, StallTimeout: 2 * time.Second, MaxWait: c.maxWait})
+		if got := m.patience(epoch, &member{fetching: true, busy: true, busyAt: epoch}); got != c.want {
+			t.Errorf("%v with max_wait %v, want %v", got, c.maxWait, c.want)
+		}
+	}
+}

@@ -1,0 +1,91 @@
+package swarm
+
+import (
+	"time"
+
+	"github.com/anacrolix/torrent"
+)
+
+// late is after how long without a byte a peer that was asked is left out for a
+// while, if others have what is missing. The client asks one peer at a time for
+// each chunk, and waits.
+const late = 3 * time.Second
+
+// asked is called with the client locked, for every request that is sent.
+func (s *Swarm) asked(e torrent.PeerRequestEvent) { owe(e.Peer, 1) }
+
+// settled is called with the client locked, for every request that is answered
+// or taken back.
+func (s *Swarm) settled(e torrent.PeerRequestEvent) { owe(e.Peer, -1) }
+
+// owe counts the requests that a peer has not answered.
+func owe(p *torrent.Peer, n int) {
+	f, _ := p.RemoteAddr.(*face)
+	if f == nil {
+		return
+	}
+	b := f.blob.Load()
+	if b == nil {
+		return
+	}
+	now := time.Now()
+	b.acct.Lock()
+	defer b.acct.Unlock()
+	a := b.account(f.peer)
+	if a.owed == 0 {
+		a.since = now
+	}
+	a.owed += n
+}
+
+// Owed is since when a peer, named as in Stats, owes bytes of the blob: it was
+// asked and has sent none since, or it cannot be reached. The zero time if it
+// owes nothing. It may be called often.
+func (b *Blob) Owed(peer string) time.Time {
+	b.acct.Lock()
+	a := b.accounts[peer]
+	var since time.Time
+	if a != nil && a.owed > 0 {
+		since = a.since
+	}
+	b.acct.Unlock()
+	if since.IsZero() {
+		b.swarm.mu.Lock()
+		since = b.swarm.unreachable[peer].since
+		b.swarm.mu.Unlock()
+	}
+	return since
+}
+
+// dismiss leaves out for a while the peers of an incomplete segment that have
+// been asked and send nothing, if one that is connected has what is missing. b.mu
+// must be held.
+func (b *Blob) dismiss(s *segment, now time.Time) {
+	var silent []string
+	able := false
+	for _, c := range s.t.PeerConns() {
+		f, ok := c.RemoteAddr.(*face)
+		if !ok {
+			continue
+		}
+		if since := b.Owed(f.peer); !since.IsZero() && now.Sub(since) >= late {
+			silent = append(silent, f.peer)
+			continue
+		}
+		have := c.PeerPieces()
+		for i := 0; i < s.t.NumPieces() && !able; i++ {
+			able = have.Contains(uint32(i)) && !s.t.Piece(i).State().Complete
+		}
+	}
+	if !able || len(silent) == 0 {
+		return
+	}
+	b.acct.Lock()
+	for _, p := range silent {
+		b.account(p).until = now.Add(isolation)
+		b.kicked[p] = struct{}{}
+	}
+	b.acct.Unlock()
+	b.swarm.opts.Log.Debug("peers left out: they send nothing", "digest", b.digest, "segment", s.index, "peers", silent)
+	b.poke()
+}
