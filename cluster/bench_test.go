@@ -72,7 +72,7 @@ func measureCrowd(b *testing.B, n int) {
 			}
 			count(b, cfg, &sent)
 		}
-		c.wait = waits{first: slow * c.wait.first, alone: slow * c.wait.alone, most: slow * c.wait.most}
+		c.wait = waits{first: slow * c.wait.first, alone: slow * c.wait.alone, most: slow * c.wait.most, keys: slow * c.wait.keys}
 		crowd[i] = c
 		running.Go(func() {
 			if err := c.Run(ctx); err != nil {

@@ -10,6 +10,7 @@ package cluster
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -61,7 +62,7 @@ type Options struct {
 	// DataAddress is where the data port listens: host:port, port not 0.
 	DataAddress string
 
-	// Labels of this node, known to all; at most about 480 bytes in all.
+	// Labels of this node, known to all; at most about 420 bytes in all.
 	Labels map[string]string
 	// Join has the nodes to begin with: addresses, or names with any number
 	// of address records, each with or without a port (default 7946). They
@@ -81,12 +82,16 @@ type Cluster struct {
 	bind    netip.AddrPort
 	host    netip.Addr // advertised
 	self    Member
-	meta    []byte
+	said    meta // without the keys, which may change
 	targets []target
 	tune    func(*memberlist.Config) // nil but in tests that cannot wait
 	wait    waits
 
+	admission admission // has a lock of its own
+
 	mu       sync.Mutex
+	meta     []byte                    // guarded by mu: what is said of this node
+	ml       *memberlist.Memberlist    // guarded by mu: nil while Run does not run
 	members  map[string]Member         // guarded by mu: live, by name, self included
 	gossip   map[string]netip.AddrPort // guarded by mu: where the members gossip, self included while Run runs
 	sorted   []Member                  // guarded by mu; nil until asked for; replaced, never changed
@@ -141,7 +146,13 @@ func New(o Options) (*Cluster, error) {
 	if ip := data.Addr(); o.AdvertiseAddr == "" && !ip.IsUnspecified() && ip != host {
 		said.Host = ip.String()
 	}
-	if c.meta, err = said.encode(); err != nil {
+	c.said = said
+	// There must be room for as many keys as there may ever be.
+	said.Keys = slices.Repeat([]string{strings.Repeat("A", base64.RawURLEncoding.EncodedLen(fingerprintSize))}, maxKeys)
+	if _, err := said.encode(); err != nil {
+		return nil, err
+	}
+	if c.meta, err = c.describe(); err != nil {
 		return nil, err
 	}
 	c.self = member(o.Name, host, said)
@@ -202,12 +213,21 @@ func (c *Cluster) Trackers(d digest.Digest) []Member {
 // node is found is no failure. Not to be called twice at once.
 func (c *Cluster) Run(ctx context.Context) error {
 	g := &gossip{c: c}
-	ml, err := memberlist.Create(g.config())
+	cfg, err := g.config()
+	if err != nil {
+		return err
+	}
+	ml, err := memberlist.Create(cfg)
 	if err != nil {
 		g.stop()
 		return fmt.Errorf("gossip on %s: %w", c.bind, err)
 	}
+	c.setGossip(ml)
+	var following sync.WaitGroup
+	following.Go(func() { c.followKeys(ctx, ml) })
 	c.discover(ctx, ml)
+	following.Wait()
+	c.setGossip(nil)
 
 	if err := ml.Leave(leaveTimeout); err != nil {
 		c.o.Log.Debug("gossip: no goodbye", "err", err)
@@ -226,7 +246,15 @@ func (c *Cluster) reset() {
 	defer c.mu.Unlock()
 	c.members = map[string]Member{c.self.Name: c.self}
 	c.gossip = map[string]netip.AddrPort{}
+	c.admission.reset()
 	c.publish()
+}
+
+// setGossip says with what introductions are sent; nil for nothing.
+func (c *Cluster) setGossip(ml *memberlist.Memberlist) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ml = ml
 }
 
 // publish tells who waits that the members have changed. c.mu must be held.

@@ -73,7 +73,7 @@ func nodeOn(t *testing.T, key, name, bind string, change func(*Options)) *Cluste
 		t.Fatal(err)
 	}
 	c.tune = hasty
-	c.wait = waits{first: 20 * time.Millisecond, alone: 50 * time.Millisecond, most: 200 * time.Millisecond}
+	c.wait = waits{first: 20 * time.Millisecond, alone: 50 * time.Millisecond, most: 200 * time.Millisecond, keys: 50 * time.Millisecond}
 	return c
 }
 

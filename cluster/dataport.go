@@ -21,17 +21,28 @@ const (
 	maxHandshakes = 512
 	// portQueue is how many connections wait for a consumer to accept them.
 	portQueue = 256
+	// admitTimeout is how long one that has a certificate of the cluster may
+	// wait to be known as a member: gossip of a node that has just started may
+	// come later than the node itself.
+	admitTimeout = 2 * time.Second
+	// maxWaiting bounds those who wait for that, so that half of the handshakes
+	// are left to others.
+	maxWaiting = maxHandshakes / 2
 )
 
 // DataPort lets members in at one port and hands their connections to the
 // protocol that they asked for. The TLS handshake is done by then: every
-// connection that Accept returns is a *tls.Conn from a member.
+// connection that Accept returns is a *tls.Conn from a member. A certificate of
+// the cluster does not make one a member: Membership does.
 type DataPort struct {
 	listener net.Listener
 	identity *Identity
+	members  Membership
 	log      *slog.Logger
-	slots    chan struct{} // one per handshake under way
+	slots    chan struct{} // one per connection that is not let in yet
+	waiting  chan struct{} // one per peer that is not known as a member yet
 	patience time.Duration // for one handshake
+	grace    time.Duration // for a peer to become known
 	grpc     *portListener
 	torrent  *portListener
 	refused  rate.Sometimes // keeps strangers from filling the log
@@ -41,11 +52,13 @@ type DataPort struct {
 
 // NewDataPort takes over l once Run is called; until then it is the caller's
 // to close. It starts nothing.
-func NewDataPort(l net.Listener, id *Identity, log *slog.Logger) *DataPort {
+func NewDataPort(l net.Listener, id *Identity, members Membership, log *slog.Logger) *DataPort {
 	return &DataPort{
-		listener: l, identity: id, log: log,
+		listener: l, identity: id, members: members, log: log,
 		slots:    make(chan struct{}, maxHandshakes),
+		waiting:  make(chan struct{}, maxWaiting),
 		patience: handshakeTimeout,
+		grace:    admitTimeout,
 		grpc:     newPortListener(l.Addr()),
 		torrent:  newPortListener(l.Addr()),
 		refused:  rate.Sometimes{First: 3, Interval: 10 * time.Second},
@@ -131,6 +144,16 @@ func (p *DataPort) admit(ctx context.Context, raw net.Conn) {
 		}
 		return
 	}
+	if peer := conn.ConnectionState().PeerCertificates[0]; !p.member(ctx, fingerprint(peer)) {
+		_ = raw.Close() // the peer is told nothing at all
+		if ctx.Err() == nil {
+			p.refused.Do(func() {
+				p.log.Warn("data port: refused one that has a certificate of the cluster and is no member",
+					"remote", raw.RemoteAddr(), "name", peer.Subject.CommonName)
+			})
+		}
+		return
+	}
 	queue := p.torrent
 	if conn.ConnectionState().NegotiatedProtocol == ProtoGRPC {
 		queue = p.grpc
@@ -144,6 +167,22 @@ func (p *DataPort) admit(ctx context.Context, raw net.Conn) {
 			})
 		}
 	}
+}
+
+// member reports whether the key is that of a member, or is soon.
+func (p *DataPort) member(ctx context.Context, key string) bool {
+	if p.members.Admits(key) {
+		return true
+	}
+	select {
+	case p.waiting <- struct{}{}:
+		defer func() { <-p.waiting }()
+	default:
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, p.grace)
+	defer cancel()
+	return p.members.Await(ctx, key)
 }
 
 func (p *DataPort) closeQueues() {

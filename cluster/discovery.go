@@ -27,10 +27,11 @@ const (
 )
 
 // waits are the pauses between two rounds of discovery. They double from
-// first while nothing happens, up to most; less while this node is alone.
-type waits struct{ first, alone, most time.Duration }
+// first while nothing happens, up to most; less while this node is alone. keys
+// is the pause between two looks at this node's own keys.
+type waits struct{ first, alone, most, keys time.Duration }
 
-var defaultWaits = waits{first: time.Second, alone: 5 * time.Second, most: 30 * time.Second}
+var defaultWaits = waits{first: time.Second, alone: 5 * time.Second, most: 30 * time.Second, keys: 5 * time.Second}
 
 // target is one entry of the list of nodes to join.
 type target struct {

@@ -28,6 +28,7 @@ type files struct {
 	leaf    *tls.Certificate // guarded by mu
 	pool    *x509.CertPool   // guarded by mu
 	checked time.Time        // guarded by mu
+	before  string           // guarded by mu: fingerprint of the key that was in use before; "" if none was
 	failed  string           // guarded by mu: why the files as they are now are not in use
 }
 
@@ -47,13 +48,33 @@ func loadFiles(cert, key, ca, node string, log *slog.Logger) (*files, error) {
 }
 
 // current implements credentialSource. While the files cannot be used, as in
-// the middle of being replaced, the last good ones stay in use.
-func (f *files) current() (*tls.Certificate, *x509.CertPool) {
+// the middle of being replaced, the last good ones stay in use. One certificate
+// is for all.
+func (f *files) current(int) (*tls.Certificate, *x509.CertPool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.refresh()
+	return f.leaf, f.pool
+}
+
+// keys implements credentialSource: the key in use and the one before it, with
+// which connections may be under way.
+func (f *files) keys() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.refresh()
+	out := []string{fingerprint(f.leaf.Leaf)}
+	if f.before != "" {
+		out = append(out, f.before)
+	}
+	return out
+}
+
+// refresh reads the files again if it is time. f.mu must be held.
+func (f *files) refresh() {
 	now := time.Now()
 	if now.Sub(f.checked) < f.every {
-		return f.leaf, f.pool
+		return
 	}
 	f.checked = now
 	err := f.load()
@@ -64,7 +85,6 @@ func (f *files) current() (*tls.Certificate, *x509.CertPool) {
 		f.failed = err.Error()
 		f.log.Error("certificate files are not usable: going on with the last good ones", "err", err)
 	}
-	return f.leaf, f.pool
 }
 
 // load reads the files and takes them into use if they differ and are good.
@@ -96,6 +116,9 @@ func (f *files) load() error {
 		return err
 	}
 	if f.leaf != nil {
+		if old := fingerprint(f.leaf.Leaf); old != fingerprint(leaf.Leaf) {
+			f.before = old
+		}
 		f.log.Info("certificate files changed and are in use", "cert_file", f.cert, "not_after", leaf.Leaf.NotAfter)
 	}
 	f.bytes, f.leaf, f.pool = read, &leaf, pool

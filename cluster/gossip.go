@@ -3,6 +3,7 @@ package cluster
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"log"
 	"log/slog"
 	"net/netip"
@@ -29,7 +30,7 @@ var (
 
 // config is memberlist's for a LAN, changed where a cluster of nodes that
 // come, go and crash wants to know sooner.
-func (g *gossip) config() *memberlist.Config {
+func (g *gossip) config() (*memberlist.Config, error) {
 	g.conflicts = rate.Sometimes{First: 1, Interval: 30 * time.Second}
 	cfg := memberlist.DefaultLANConfig()
 	cfg.Name = g.c.o.Name
@@ -37,7 +38,11 @@ func (g *gossip) config() *memberlist.Config {
 	cfg.BindPort = int(g.c.bind.Port())
 	cfg.AdvertiseAddr = g.c.host.String()
 	cfg.AdvertisePort = cfg.BindPort // memberlist replaces it where it is 0
-	cfg.SecretKey = g.c.o.Identity.GossipKey()
+	keys := g.c.o.Identity.GossipKeys()
+	var err error
+	if cfg.Keyring, err = memberlist.NewKeyring(keys[1:], keys[0]); err != nil {
+		return nil, fmt.Errorf("gossip keys: %w", err)
+	}
 	// Seeds that are not there cost this much at each attempt, also when the
 	// node wants to stop.
 	cfg.TCPTimeout = 2 * time.Second
@@ -50,7 +55,7 @@ func (g *gossip) config() *memberlist.Config {
 	if g.c.tune != nil {
 		g.c.tune(cfg)
 	}
-	return cfg
+	return cfg, nil
 }
 
 // stop ends the view that this gossip kept.
@@ -62,10 +67,21 @@ func (g *gossip) stop() {
 }
 
 // NodeMeta implements memberlist.Delegate.
-func (g *gossip) NodeMeta(int) []byte { return g.c.meta }
+func (g *gossip) NodeMeta(int) []byte {
+	g.c.mu.Lock()
+	defer g.c.mu.Unlock()
+	return g.c.meta
+}
 
-// NotifyMsg implements memberlist.Delegate; nodes send no messages this way.
-func (g *gossip) NotifyMsg([]byte) {}
+// NotifyMsg implements memberlist.Delegate: a node introduces itself.
+func (g *gossip) NotifyMsg(b []byte) {
+	i, err := decodeIntroduction(b)
+	if err != nil {
+		g.c.o.Log.Debug("gossip: message dropped", "err", err)
+		return
+	}
+	g.c.admission.introduce(i.Keys)
+}
 
 // GetBroadcasts implements memberlist.Delegate.
 func (g *gossip) GetBroadcasts(int, int) [][]byte { return nil }
@@ -110,6 +126,7 @@ func (g *gossip) NotifyLeave(n *memberlist.Node) {
 	}
 	delete(c.members, n.Name)
 	delete(c.gossip, n.Name)
+	c.admission.lose(n.Name)
 	c.publish()
 	c.o.Log.Info("node gone", "name", n.Name, "members", len(c.members))
 }
@@ -130,6 +147,7 @@ func (g *gossip) set(n *memberlist.Node, event string) {
 	c.gossip[n.Name] = netip.AddrPortFrom(ip, n.Port)
 	if n.Name != c.self.Name {
 		c.members[n.Name] = member(n.Name, ip, m)
+		c.admission.set(n.Name, m.Keys)
 		c.o.Log.Info(event, "name", n.Name, "address", c.members[n.Name].Address, "members", len(c.members))
 	}
 	c.publish()

@@ -22,16 +22,23 @@ const insecureSecret = "imagewolf insecure: anyone may join"
 // Exactly one of ClusterKey, the files, and Insecure is given.
 type IdentityOptions struct {
 	ClusterKey string // as GenerateKey prints it
+	// AcceptedKeys are cluster keys that are accepted beside ClusterKey, while
+	// one replaces the other: this node is then a member for those that have
+	// one of them, and they are for it. At most MaxAccepted.
+	AcceptedKeys []string
 
 	// Certificates of the user's own, PEM. The CA must be the cluster's
 	// alone: every certificate it signed, with both client and server
-	// authentication among its uses, is let in. The three are read again when
-	// they change.
+	// authentication among its uses, may be a member's. The three are read
+	// again when they change.
 	CertFile, KeyFile, CAFile string
 	// GossipKeyFile holds the 32 bytes, in base64 or hex, that gossip is
 	// encrypted with. It belongs to the files above, because their private
 	// keys differ from node to node. Read once.
 	GossipKeyFile string
+	// AcceptedGossipKeyFiles are to GossipKeyFile what AcceptedKeys are to
+	// ClusterKey.
+	AcceptedGossipKeyFiles []string
 
 	// Insecure lets in anyone who can reach the ports: traffic is encrypted,
 	// but with a key that everybody knows.
@@ -44,19 +51,33 @@ type IdentityOptions struct {
 	Log *slog.Logger // nil: slog.Default()
 }
 
+// MaxAccepted is how many keys a node accepts beside its own.
+const MaxAccepted = 4
+
 // Identity is what a node shows to others and knows others by. Safe for
 // concurrent use; its methods start nothing.
 type Identity struct {
-	creds  credentialSource
-	gossip []byte
-	id     string
-	knock  string
+	creds credentialSource
+	// secrets has what follows from the node's own key, and then from every
+	// other that it accepts.
+	secrets []secret
 }
 
-// credentialSource gives the certificate to show and the CA to check others
-// against, as they are now: either may change from call to call.
+// secret is what follows from one key of the cluster.
+type secret struct {
+	gossip []byte // key that encrypts gossip
+	knock  string // name that a hello gives, see ServerTLS
+}
+
+// credentialSource gives what this node shows and checks others by, as it is
+// now: any of it may change from call to call.
 type credentialSource interface {
-	current() (*tls.Certificate, *x509.CertPool)
+	// current returns the certificate to show to those who speak of the cluster
+	// by secret n, and the CAs to check others against.
+	current(n int) (*tls.Certificate, *x509.CertPool)
+	// keys returns the fingerprints of the keys of the certificates that this
+	// node shows or has shown until lately: one or two.
+	keys() []string
 }
 
 // LoadIdentity makes the node's identity. Every error is a mistake in the
@@ -70,22 +91,25 @@ func LoadIdentity(o IdentityOptions) (*Identity, error) {
 		return nil, err
 	}
 	fromFiles := o.CertFile != "" || o.KeyFile != "" || o.CAFile != "" || o.GossipKeyFile != ""
+	if n := max(len(o.AcceptedKeys), len(o.AcceptedGossipKeyFiles)); n > MaxAccepted {
+		return nil, fmt.Errorf("%d keys are to be accepted beside the node's own, at most %d: take out those that no node has any more", n, MaxAccepted)
+	}
 	switch {
 	case o.ClusterKey != "" && fromFiles:
 		return nil, errors.New("give either cluster_key or cert_file, key_file, ca_file and gossip_key_file, not both: each alone is an identity")
 	case o.Insecure && (o.ClusterKey != "" || fromFiles):
 		return nil, errors.New("insecure = true together with a cluster key or certificates: remove one, so that it is clear whether strangers may join")
+	case len(o.AcceptedKeys) > 0 && o.ClusterKey == "":
+		return nil, errors.New("accepted_cluster_keys without cluster_key: a key is accepted beside the node's own")
+	case len(o.AcceptedGossipKeyFiles) > 0 && !fromFiles:
+		return nil, errors.New("accepted_gossip_key_files without gossip_key_file: a key is accepted beside the node's own")
 	case o.ClusterKey != "":
-		secret, err := ParseKey(o.ClusterKey)
-		if err != nil {
-			return nil, err
-		}
-		return derivedIdentity(secret, o)
+		return keyIdentity(o)
 	case fromFiles:
 		return fileIdentity(o)
 	case o.Insecure:
 		o.Log.Warn("insecure: anyone who can reach this node's ports can join its cluster and read its images")
-		return derivedIdentity([]byte(insecureSecret), o)
+		return derivedIdentity([][]byte{[]byte(insecureSecret)}, o)
 	}
 	return nil, errors.New("the node has no identity, so it cannot tell friend from stranger. Ways out: " +
 		"make a key with `imagewolf cluster-key generate` and give all nodes the same cluster_key_file; " +
@@ -93,21 +117,42 @@ func LoadIdentity(o IdentityOptions) (*Identity, error) {
 		"or set insecure = true and let anyone in")
 }
 
-// derivedIdentity makes everything from one shared secret.
-func derivedIdentity(secret []byte, o IdentityOptions) (*Identity, error) {
-	gossip, err := derive(secret, "gossip", 32)
+// keyIdentity makes everything from the cluster's key and those accepted
+// beside it.
+func keyIdentity(o IdentityOptions) (*Identity, error) {
+	var roots [][]byte
+	for i, key := range append([]string{o.ClusterKey}, o.AcceptedKeys...) {
+		root, err := ParseKey(key)
+		if err != nil && i > 0 {
+			return nil, fmt.Errorf("accepted_cluster_keys, number %d: %w", i, err)
+		}
+		if err != nil {
+			return nil, err
+		}
+		roots = append(roots, root)
+	}
+	return derivedIdentity(roots, o)
+}
+
+// derivedIdentity makes everything from shared secrets, the node's own first.
+func derivedIdentity(roots [][]byte, o IdentityOptions) (*Identity, error) {
+	var gossip, seeds [][]byte
+	for _, root := range roots {
+		g, err := derive(root, "gossip", 32)
+		if err != nil {
+			return nil, err
+		}
+		seed, err := derive(root, "ca", 32)
+		if err != nil {
+			return nil, err
+		}
+		gossip, seeds = append(gossip, g), append(seeds, seed)
+	}
+	d, err := newDerived(seeds, o.NodeName)
 	if err != nil {
 		return nil, err
 	}
-	seed, err := derive(secret, "ca", 32)
-	if err != nil {
-		return nil, err
-	}
-	issuer, err := newIssuer(seed, o.NodeName)
-	if err != nil {
-		return nil, err
-	}
-	return newIdentity(issuer, gossip)
+	return newIdentity(d, gossip)
 }
 
 func fileIdentity(o IdentityOptions) (*Identity, error) {
@@ -119,9 +164,17 @@ func fileIdentity(o IdentityOptions) (*Identity, error) {
 			return nil, fmt.Errorf("%s is missing: an identity of files needs cert_file, key_file, ca_file and gossip_key_file", f.option)
 		}
 	}
-	gossip, err := readGossipKey(o.GossipKeyFile)
-	if err != nil {
-		return nil, err
+	gossip := make([][]byte, 1, 1+len(o.AcceptedGossipKeyFiles))
+	var err error
+	if gossip[0], err = readGossipKey(o.GossipKeyFile); err != nil {
+		return nil, fmt.Errorf("gossip_key_file: %w", err)
+	}
+	for _, path := range o.AcceptedGossipKeyFiles {
+		key, err := readGossipKey(path)
+		if err != nil {
+			return nil, fmt.Errorf("accepted_gossip_key_files: %w", err)
+		}
+		gossip = append(gossip, key)
 	}
 	creds, err := loadFiles(o.CertFile, o.KeyFile, o.CAFile, o.NodeName, o.Log)
 	if err != nil {
@@ -130,26 +183,40 @@ func fileIdentity(o IdentityOptions) (*Identity, error) {
 	return newIdentity(creds, gossip)
 }
 
-// newIdentity derives from the gossip key what all nodes of the cluster have
-// in common, whichever way they got it.
-func newIdentity(creds credentialSource, gossip []byte) (*Identity, error) {
-	id, err := derive(gossip, "cluster id", 16)
-	if err != nil {
-		return nil, err
+// newIdentity derives from the gossip keys what all nodes of the cluster have
+// in common, whichever way they got them.
+func newIdentity(creds credentialSource, gossip [][]byte) (*Identity, error) {
+	id := &Identity{creds: creds}
+	for _, key := range gossip {
+		knock, err := derive(key, "knock", 16)
+		if err != nil {
+			return nil, err
+		}
+		id.secrets = append(id.secrets, secret{gossip: key, knock: hex.EncodeToString(knock)})
 	}
-	knock, err := derive(gossip, "knock", 16)
-	if err != nil {
-		return nil, err
-	}
-	return &Identity{creds: creds, gossip: gossip, id: hex.EncodeToString(id), knock: hex.EncodeToString(knock)}, nil
+	return id, nil
 }
 
-// ClusterID is the same on every node of the cluster, and cannot be guessed
-// from outside: 32 hexadecimal digits.
-func (id *Identity) ClusterID() string { return id.id }
+// GossipKeys are the AES-256 keys of gossip, 32 bytes each: the one to encrypt
+// with, and then those that others may encrypt with. They are the caller's.
+func (id *Identity) GossipKeys() [][]byte {
+	out := make([][]byte, len(id.secrets))
+	for i, s := range id.secrets {
+		out[i] = append([]byte(nil), s.gossip...)
+	}
+	return out
+}
 
-// GossipKey is the AES-256 key of gossip: 32 bytes, the caller's to keep.
-func (id *Identity) GossipKey() []byte { return append([]byte(nil), id.gossip...) }
+// fingerprint is what a certificate's public key is known by in gossip: half
+// of its SHA-256, in 22 characters.
+func fingerprint(cert *x509.Certificate) string {
+	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+	return base64.RawURLEncoding.EncodeToString(sum[:fingerprintSize])
+}
+
+// fingerprintSize is in bytes. No one can make a key for a given fingerprint of
+// that size, and every byte in gossip counts.
+const fingerprintSize = 16
 
 // derive makes one secret out of another; different purposes give results
 // that say nothing about each other.
@@ -164,11 +231,11 @@ func derive(secret []byte, purpose string, size int) ([]byte, error) {
 func readGossipKey(path string) ([]byte, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("gossip_key_file: %w", err)
+		return nil, err
 	}
 	key, err := parseGossipKey(string(text))
 	if err != nil {
-		return nil, fmt.Errorf("gossip_key_file %s: %w", path, err)
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return key, nil
 }

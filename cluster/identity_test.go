@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/hex"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -14,21 +15,21 @@ import (
 func TestIdentityIsStable(t *testing.T) {
 	key := formatKey(bytes.Repeat([]byte{7}, 32))
 	a, b := keyed(t, key, "a"), keyed(t, key, "b")
-	if a.ClusterID() != b.ClusterID() || !bytes.Equal(a.GossipKey(), b.GossipKey()) || a.knock != b.knock {
+	if !bytes.Equal(a.GossipKeys()[0], b.GossipKeys()[0]) || a.secrets[0].knock != b.secrets[0].knock {
 		t.Fatal("two nodes with one key differ")
 	}
-	if !bytes.Equal(a.creds.(*issuer).ca.Raw, b.creds.(*issuer).ca.Raw) {
+	if !bytes.Equal(a.creds.(*derived).issuers[0].ca.Raw, b.creds.(*derived).issuers[0].ca.Raw) {
 		t.Fatal("two nodes with one key have two CAs")
 	}
-	const wantID, wantGossip = "0f1ba1a2c5f933cf0d4f71b3671ee049", "0a061628b472f16262244599a27d460b491eb98c7df3ed2b5c065e6480ad433e"
-	if got := a.ClusterID(); got != wantID {
-		t.Errorf("cluster id %s, want %s", got, wantID)
+	const wantKnock, wantGossip = "8f5846aa4e0dcac47a3a4804a5fe0871", "0a061628b472f16262244599a27d460b491eb98c7df3ed2b5c065e6480ad433e"
+	if got := a.secrets[0].knock; got != wantKnock {
+		t.Errorf("the cluster's name in hellos is %s, want %s", got, wantKnock)
 	}
-	if got := hex.EncodeToString(a.GossipKey()); got != wantGossip {
+	if got := hex.EncodeToString(a.GossipKeys()[0]); got != wantGossip {
 		t.Errorf("gossip key %s, want %s", got, wantGossip)
 	}
 	other := keyed(t, GenerateKey(), "a")
-	if other.ClusterID() == a.ClusterID() || bytes.Equal(other.GossipKey(), a.GossipKey()) || other.knock == a.knock {
+	if bytes.Equal(other.GossipKeys()[0], a.GossipKeys()[0]) || other.secrets[0].knock == a.secrets[0].knock {
 		t.Error("two keys give one cluster")
 	}
 }
@@ -48,6 +49,11 @@ func TestIdentityOptions(t *testing.T) {
 		"files, one missing":  {IdentityOptions{NodeName: "n", CertFile: "c", KeyFile: "k", GossipKeyFile: "g"}, "ca_file is missing"},
 		"files, no gossip":    {IdentityOptions{NodeName: "n", CertFile: "c", KeyFile: "k", CAFile: "a"}, "gossip_key_file is missing"},
 		"files not there":     {IdentityOptions{NodeName: "n", CertFile: "c", KeyFile: "k", CAFile: "a", GossipKeyFile: "/nowhere/g"}, "gossip_key_file: open"},
+		"accepted, no key":    {IdentityOptions{NodeName: "n", AcceptedKeys: []string{key}}, "accepted_cluster_keys without"},
+		"accepted, insecure":  {IdentityOptions{NodeName: "n", Insecure: true, AcceptedKeys: []string{key}}, "accepted_cluster_keys without"},
+		"accepted, mistyped":  {IdentityOptions{NodeName: "n", ClusterKey: key, AcceptedKeys: []string{key, "x"}}, "number 2"},
+		"too many accepted":   {IdentityOptions{NodeName: "n", ClusterKey: key, AcceptedKeys: make([]string, 5)}, "at most 4"},
+		"gossip, with a key":  {IdentityOptions{NodeName: "n", ClusterKey: key, AcceptedGossipKeyFiles: []string{"g"}}, "accepted_gossip_key_files without"},
 		"no name":             {IdentityOptions{ClusterKey: key}, "node name"},
 		"name with a newline": {IdentityOptions{ClusterKey: key, NodeName: "a\nb"}, "node name"},
 		"name too long":       {IdentityOptions{ClusterKey: key, NodeName: strings.Repeat("a", 254)}, "254"},
@@ -69,7 +75,7 @@ func TestInsecureIsOneCluster(t *testing.T) {
 		}
 		return id
 	}
-	if a, b := load("a"), load("b"); a.ClusterID() != b.ClusterID() {
+	if a, b := load("a"), load("b"); a.secrets[0].knock != b.secrets[0].knock {
 		t.Fatal("insecure nodes are not of one cluster")
 	}
 }
@@ -81,8 +87,8 @@ func TestClocksDoNotMatter(t *testing.T) {
 	now := keyed(t, key, "now")
 	accept := func(other *Identity) {
 		t.Helper()
-		leaf, _ := other.creds.current()
-		_, pool := now.creds.current()
+		leaf, _ := other.creds.current(0)
+		_, pool := now.creds.current(0)
 		for _, use := range []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth} {
 			if err := verifyChain([]*x509.Certificate{leaf.Leaf}, pool, use); err != nil {
 				t.Errorf("at %v: %v", time.Now().Year(), err)
@@ -104,4 +110,8 @@ func TestClocksDoNotMatter(t *testing.T) {
 		}
 	})
 	accept(then)
+	leaf, _ := now.creds.current(0)
+	if got := fingerprint(leaf.Leaf); !slices.Equal(now.creds.keys(), []string{got}) {
+		t.Error("the certificate has another key than the others know")
+	}
 }

@@ -23,19 +23,55 @@ var (
 	forever = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
 )
 
-// issuer is the cluster's CA, which every node has, and this node's own
-// certificate, in memory only. It does not change.
+// derived is an identity made from the keys of the cluster.
+type derived struct {
+	issuers []*issuer      // of the node's own key first
+	pool    *x509.CertPool // the CAs of all
+	own     []string       // what keys returns
+}
+
+// newDerived makes the CAs that follow from seeds, and certificates of them all
+// for one key pair: the node is known by that, and keeps it for as long as it
+// runs.
+func newDerived(seeds [][]byte, name string) (*derived, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("node certificate: %w", err)
+	}
+	d := &derived{pool: x509.NewCertPool()}
+	for _, seed := range seeds {
+		i, err := newIssuer(seed, name, key)
+		if err != nil {
+			return nil, err
+		}
+		d.pool.AddCert(i.ca)
+		d.issuers = append(d.issuers, i)
+	}
+	d.own = []string{fingerprint(d.issuers[0].leaf.Leaf)}
+	return d, nil
+}
+
+// current implements credentialSource.
+func (d *derived) current(n int) (*tls.Certificate, *x509.CertPool) {
+	return d.issuers[n].leaf, d.pool
+}
+
+// keys implements credentialSource.
+func (d *derived) keys() []string { return d.own }
+
+// issuer is the CA of one key of the cluster, which every node has, and this
+// node's own certificate of it, in memory only. It does not change.
 type issuer struct {
 	name string
 	key  ed25519.PrivateKey
 	ca   *x509.Certificate
-	pool *x509.CertPool
 	leaf *tls.Certificate
+	own  *ecdsa.PrivateKey // this node's
 }
 
 // newIssuer derives the CA from a seed: the same seed gives the same CA
 // certificate to the last byte.
-func newIssuer(seed []byte, name string) (*issuer, error) {
+func newIssuer(seed []byte, name string, own *ecdsa.PrivateKey) (*issuer, error) {
 	key := ed25519.NewKeyFromSeed(seed)
 	template := &x509.Certificate{
 		SerialNumber:          big.NewInt(1),
@@ -56,23 +92,15 @@ func newIssuer(seed []byte, name string) (*issuer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cluster CA: %w", err)
 	}
-	i := &issuer{name: name, key: key, ca: ca, pool: x509.NewCertPool()}
-	i.pool.AddCert(ca)
+	i := &issuer{name: name, key: key, ca: ca, own: own}
 	if i.leaf, err = i.issue(forever); err != nil {
 		return nil, err
 	}
 	return i, nil
 }
 
-// current implements credentialSource.
-func (i *issuer) current() (*tls.Certificate, *x509.CertPool) { return i.leaf, i.pool }
-
 // issue makes a certificate of this node that is valid until then.
 func (i *issuer) issue(until time.Time) (*tls.Certificate, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, fmt.Errorf("node certificate: %w", err)
-	}
 	template := &x509.Certificate{
 		SerialNumber: new(big.Int).SetBytes(randomSerial()),
 		Subject:      pkix.Name{CommonName: i.name},
@@ -81,7 +109,7 @@ func (i *issuer) issue(until time.Time) (*tls.Certificate, error) {
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, i.ca, key.Public(), i.key)
+	der, err := x509.CreateCertificate(rand.Reader, template, i.ca, i.own.Public(), i.key)
 	if err != nil {
 		return nil, fmt.Errorf("node certificate: %w", err)
 	}
@@ -89,7 +117,7 @@ func (i *issuer) issue(until time.Time) (*tls.Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("node certificate: %w", err)
 	}
-	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, nil
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: i.own, Leaf: leaf}, nil
 }
 
 // randomSerial returns 16 bytes that make a positive number.

@@ -16,6 +16,12 @@ const patience = 15 * time.Second
 
 var silent = slog.New(slog.DiscardHandler)
 
+// everyone is a membership of all who have a certificate of the cluster.
+type everyone struct{}
+
+func (everyone) Admits(string) bool                 { return true }
+func (everyone) Await(context.Context, string) bool { return true }
+
 func keyed(t *testing.T, key, name string) *Identity {
 	t.Helper()
 	id, err := LoadIdentity(IdentityOptions{ClusterKey: key, NodeName: name, Log: silent})

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"bytes"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,7 +21,12 @@ type meta struct {
 	Port   uint16            `json:"p"`           // of the data port
 	Host   string            `json:"h,omitempty"` // IP of the data port, if it is not that of gossip
 	Labels map[string]string `json:"l,omitempty"`
+	Keys   []string          `json:"k,omitempty"` // fingerprints of its certificates' keys
 }
+
+// maxKeys is how many keys a node may have at one time. One is usual; two while
+// its certificate is exchanged.
+const maxKeys = 2
 
 func (m meta) encode() ([]byte, error) {
 	if err := m.check(); err != nil {
@@ -71,7 +77,49 @@ func (m meta) check() error {
 			return fmt.Errorf("label %s: its value %q is not printable", k, v)
 		}
 	}
+	return checkKeys(m.Keys)
+}
+
+// checkKeys says whether these can be the keys of a node.
+func checkKeys(keys []string) error {
+	if len(keys) > maxKeys {
+		return fmt.Errorf("%d keys, at most %d are allowed", len(keys), maxKeys)
+	}
+	for _, k := range keys {
+		if raw, err := base64.RawURLEncoding.Strict().DecodeString(k); err != nil || len(raw) != fingerprintSize {
+			return fmt.Errorf("%q is no key's fingerprint", k)
+		}
+	}
 	return nil
+}
+
+// introduction is what a node says to one that it is about to connect to: gossip
+// of it may not have come there yet.
+type introduction struct {
+	Keys []string `json:"k"` // as in meta
+}
+
+func (i introduction) encode() ([]byte, error) {
+	out, err := json.Marshal(i)
+	if err != nil {
+		return nil, fmt.Errorf("introduction: %w", err)
+	}
+	return out, nil
+}
+
+// decodeIntroduction reads what another node says to this one.
+func decodeIntroduction(b []byte) (introduction, error) {
+	var i introduction
+	if len(b) > memberlist.MetaMaxSize {
+		return i, fmt.Errorf("introduction of %d bytes, at most %d are allowed", len(b), memberlist.MetaMaxSize)
+	}
+	if err := json.Unmarshal(b, &i); err != nil {
+		return introduction{}, fmt.Errorf("introduction: %w", err)
+	}
+	if err := checkKeys(i.Keys); err != nil {
+		return introduction{}, fmt.Errorf("introduction: %w", err)
+	}
+	return i, nil
 }
 
 // usableIP parses an address that other nodes could connect to.

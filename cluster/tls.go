@@ -37,15 +37,18 @@ func (id *Identity) ServerTLS(protos ...string) *tls.Config {
 		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 			// A client says which cluster it means where web clients name the
 			// host. It is no secret from who listens on the wire; it keeps
-			// scanners and nodes of other clusters from learning any name.
-			if subtle.ConstantTimeCompare([]byte(hello.ServerName), []byte(id.knock)) != 1 {
+			// scanners and nodes of other clusters from learning any name. With
+			// it the client says which of the cluster's keys it goes by, and
+			// only of that one it is sure to know the CA.
+			n := id.knocked(hello.ServerName)
+			if n < 0 {
 				return nil, errKnock
 			}
 			// Without this a client that asks for nothing would be let in.
 			if !slices.ContainsFunc(hello.SupportedProtos, func(p string) bool { return slices.Contains(protos, p) }) {
 				return nil, errProto
 			}
-			leaf, pool := id.creds.current()
+			leaf, pool := id.creds.current(n)
 			return &tls.Config{
 				MinVersion:   tls.VersionTLS13,
 				Certificates: []tls.Certificate{*leaf},
@@ -59,15 +62,27 @@ func (id *Identity) ServerTLS(protos ...string) *tls.Config {
 	}
 }
 
+// knocked says by which of the secrets a client names the cluster, -1 for none.
+func (id *Identity) knocked(name string) int {
+	found := -1
+	for i := len(id.secrets) - 1; i >= 0; i-- {
+		if subtle.ConstantTimeCompare([]byte(name), []byte(id.secrets[i].knock)) == 1 {
+			found = i
+		}
+	}
+	return found
+}
+
 // ClientTLS connects to a member of the cluster for proto. The server is
-// checked against the cluster's CA, not against a host name.
+// checked against the cluster's CAs, not against a host name. This node speaks
+// by its own key: whoever does not accept that one is of another cluster.
 func (id *Identity) ClientTLS(proto string) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
-		ServerName: id.knock,
+		ServerName: id.secrets[0].knock,
 		NextProtos: []string{proto},
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			leaf, _ := id.creds.current()
+			leaf, _ := id.creds.current(0)
 			return leaf, nil
 		},
 		SessionTicketsDisabled: true,
@@ -78,7 +93,7 @@ func (id *Identity) ClientTLS(proto string) *tls.Config {
 			if cs.NegotiatedProtocol != proto {
 				return fmt.Errorf("server speaks %q, want %q", cs.NegotiatedProtocol, proto)
 			}
-			_, pool := id.creds.current()
+			_, pool := id.creds.current(0)
 			return verifyChain(cs.PeerCertificates, pool, x509.ExtKeyUsageServerAuth)
 		},
 	}

@@ -32,7 +32,7 @@ func listen(t *testing.T) net.Listener {
 // connection.
 func openPort(t *testing.T, id *Identity, change func(*DataPort)) *DataPort {
 	t.Helper()
-	p := NewDataPort(listen(t), id, silent)
+	p := NewDataPort(listen(t), id, everyone{}, silent)
 	if change != nil {
 		change(p)
 	}
@@ -110,8 +110,8 @@ func TestStrangersGetNothing(t *testing.T) {
 	withCert := func(c *tls.Certificate) func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 		return func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c, nil }
 	}
-	foreign, _ := other.creds.current()
-	expired, err := member.creds.(*issuer).issue(time.Now().Add(-time.Hour))
+	foreign, _ := other.creds.current(0)
+	expired, err := member.creds.(*derived).issuers[0].issue(time.Now().Add(-time.Hour))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +120,7 @@ func TestStrangersGetNothing(t *testing.T) {
 		shown  int // a certificate is shown to who knows the cluster
 	}{
 		"other key": {config(func(c *tls.Config) {
-			c.ServerName = other.knock
+			c.ServerName = other.secrets[0].knock
 			c.GetClientCertificate = withCert(foreign)
 		}), 0},
 		"does not name the cluster": {config(func(c *tls.Config) { c.ServerName = "node.example" }), 0},
@@ -181,7 +181,7 @@ func TestStrangersGetNothing(t *testing.T) {
 func TestDialRefusesServers(t *testing.T) {
 	key := GenerateKey()
 	member, imposter := keyed(t, key, "member"), keyed(t, GenerateKey(), "imposter")
-	imposter.knock = member.knock
+	imposter.secrets[0].knock = member.secrets[0].knock
 	p := openPort(t, imposter, nil)
 	_, err := member.Dial(t.Context(), p.listener.Addr().String(), ProtoBitTorrent)
 	var unknown x509.UnknownAuthorityError
@@ -325,7 +325,7 @@ func (l *flaky) Accept() (net.Conn, error) {
 
 func TestPortOutlivesFailures(t *testing.T) {
 	key := GenerateKey()
-	p := NewDataPort(&flaky{Listener: listen(t), failures: 3}, keyed(t, key, "server"), silent)
+	p := NewDataPort(&flaky{Listener: listen(t), failures: 3}, keyed(t, key, "server"), everyone{}, silent)
 	start(t, p.Run)
 	greet(t, p)
 	if got := greeting(t, keyed(t, key, "a"), p); got != "hello a" {
@@ -335,7 +335,7 @@ func TestPortOutlivesFailures(t *testing.T) {
 
 func TestPortCloses(t *testing.T) {
 	key := GenerateKey()
-	p := NewDataPort(listen(t), keyed(t, key, "server"), silent)
+	p := NewDataPort(listen(t), keyed(t, key, "server"), everyone{}, silent)
 	stop := start(t, p.Run)
 	conn, err := keyed(t, key, "a").Dial(t.Context(), p.listener.Addr().String(), ProtoGRPC)
 	if err != nil {
@@ -355,7 +355,7 @@ func TestPortCloses(t *testing.T) {
 		}
 	}
 
-	broken := NewDataPort(listen(t), keyed(t, key, "server"), silent)
+	broken := NewDataPort(listen(t), keyed(t, key, "server"), everyone{}, silent)
 	_ = broken.listener.Close() // by someone else
 	if err := broken.Run(t.Context()); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Run on a closed listener: %v", err)

@@ -74,6 +74,14 @@ var badFiles = map[string][]string{
 	"metrics.bad.toml": {
 		"metrics.address: is the same as cluster.gossip_address or cluster.data_address",
 	},
+	"accepted.bad.toml": {
+		"cluster: no identity: set cluster_key_file",
+		"cluster.accepted_cluster_keys: given without cluster_key",
+		"cluster.accepted_gossip_key_files: given without gossip_key_file",
+		"cluster: 5 keys are accepted beside the node's own, at most 4",
+		"cluster.accepted_cluster_key_files: cannot be read: open /nonexistent/key: no such file",
+		"cluster.accepted_gossip_key_files: /proc is not a file",
+	},
 	"labels.bad.toml": {
 		"cluster.labels: 259 bytes in all, at most 256",
 	},

@@ -44,10 +44,13 @@ type Cluster struct {
 	Labels           map[string]string `toml:"labels,inline" comment:"Labels of this node, such as { zone = \"a\" }. Peers of the same zone are preferred.\nKeys: letters, digits, '.', '-', '_', '/', at most 63; values at most 63; all together at most 256 bytes."`
 	ClusterKeyFile   string            `toml:"cluster_key_file" flag:"cluster-key-file" comment:"File with the cluster's key, as printed by 'imagewolf cluster-key generate'; the same on\nevery node. Not readable by other users."`
 	ClusterKey       string            `toml:"cluster_key" flag:"cluster-key" secret:"true" comment:"The key itself, in place of cluster_key_file. Best given as IMAGEWOLF_CLUSTER_KEY; it is\nnot a flag, since every user of a machine sees the arguments of a process."`
+	AcceptedKeyFiles []string          `toml:"accepted_cluster_key_files" flag:"cluster-accepted-key-files" comment:"Files with cluster keys that are accepted beside this node's own, while one key replaces\nanother: docs/configuration.md has the steps. At most 4. Not readable by other users."`
+	AcceptedKeys     []string          `toml:"accepted_cluster_keys" flag:"cluster-accepted-keys" secret:"true" comment:"Such keys themselves. Best given as IMAGEWOLF_CLUSTER_ACCEPTED_KEYS, separated by commas."`
 	CertFile         string            `toml:"cert_file" flag:"cluster-tls-cert-file" comment:"Certificates of your own, in place of a cluster key: this node's certificate (PEM), good for\nserver and client authentication. The files are read again when they change."`
 	KeyFile          string            `toml:"key_file" flag:"cluster-tls-key-file" comment:"Private key of cert_file (PEM). Not readable by other users."`
-	CAFile           string            `toml:"ca_file" flag:"cluster-tls-ca-file" comment:"Authority that signed every node's certificate (PEM). Whoever has a certificate of it is in."`
+	CAFile           string            `toml:"ca_file" flag:"cluster-tls-ca-file" comment:"Authority that signed every node's certificate (PEM). It should sign nothing else."`
 	GossipKeyFile    string            `toml:"gossip_key_file" comment:"File with the secret that encrypts gossip when certificates are used: 32 bytes in base64 or\nhex ('openssl rand -base64 32'), the same on every node. Not readable by other users."`
+	AcceptedGossip   []string          `toml:"accepted_gossip_key_files" comment:"Files with such secrets that are accepted beside this node's own, while one replaces another.\nAt most 4. Not readable by other users."`
 	Insecure         bool              `toml:"insecure" comment:"Run with a key that is public knowledge, and so let anyone in. For trying out only."`
 }
 
@@ -85,6 +88,10 @@ func Default() Config {
 			DataAddress:   "0.0.0.0:7947",
 			Join:          []string{},
 			Labels:        map[string]string{},
+
+			AcceptedKeyFiles: []string{},
+			AcceptedKeys:     []string{},
+			AcceptedGossip:   []string{},
 		},
 		Swarm: Swarm{IdleTimeout: Duration(time.Minute)},
 		Tracker: Tracker{
@@ -101,13 +108,38 @@ func (c Cluster) Key() (string, error) {
 	if c.ClusterKeyFile == "" {
 		return strings.TrimSpace(c.ClusterKey), nil
 	}
-	b, err := os.ReadFile(c.ClusterKeyFile)
+	key, err := readKey(c.ClusterKeyFile)
 	if err != nil {
 		return "", fmt.Errorf("cluster.cluster_key_file: %w", err)
 	}
+	return key, nil
+}
+
+// Accepted returns the cluster keys that are accepted beside Key's, from the
+// settings and the files that they name.
+func (c Cluster) Accepted() ([]string, error) {
+	var out []string
+	for _, k := range c.AcceptedKeys {
+		out = append(out, strings.TrimSpace(k))
+	}
+	for _, path := range c.AcceptedKeyFiles {
+		key, err := readKey(path)
+		if err != nil {
+			return nil, fmt.Errorf("cluster.accepted_cluster_key_files: %w", err)
+		}
+		out = append(out, key)
+	}
+	return out, nil
+}
+
+func readKey(path string) (string, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return "", err
+	}
 	key := strings.TrimSpace(string(b))
 	if key == "" {
-		return "", fmt.Errorf("cluster.cluster_key_file: %s is empty", c.ClusterKeyFile)
+		return "", fmt.Errorf("%s is empty", path)
 	}
 	return key, nil
 }

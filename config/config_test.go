@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -220,6 +221,14 @@ func TestClusterKey(t *testing.T) {
 	}
 	if k, err := (Cluster{}).Key(); k != "" || err != nil {
 		t.Errorf("%q, %v", k, err)
+	}
+	c := Cluster{AcceptedKeys: []string{" a\n", "b"}, AcceptedKeyFiles: []string{write(t, "key", "c\n")}}
+	if got, err := c.Accepted(); !slices.Equal(got, []string{"a", "b", "c"}) || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+	c.AcceptedKeyFiles = []string{write(t, "key", "")}
+	if got, err := c.Accepted(); err == nil {
+		t.Errorf("an empty file gave keys %q", got)
 	}
 }
 

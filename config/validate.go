@@ -19,6 +19,7 @@ const (
 	maxSocketPath = 107       // sun_path holds 108 bytes with the final zero
 	minRate       = 256 << 10 // below, a single request of a peer takes seconds
 	maxJoin       = 256
+	maxAccepted   = 4   // keys beside the node's own, as package cluster has it
 	maxLabels     = 256 // bytes in all: labels travel in gossip's node metadata, which has 512
 )
 
@@ -190,6 +191,27 @@ func (p *problems) identity(c Cluster) {
 		if f.path != "" {
 			p.file(f.key, f.path, f.private)
 		}
+	}
+	p.accepted(c, hasKey, hasCerts)
+}
+
+// accepted checks the keys that are accepted beside the node's own.
+func (p *problems) accepted(c Cluster, hasKey, hasCerts bool) {
+	keys := len(c.AcceptedKeys) + len(c.AcceptedKeyFiles)
+	if keys > 0 && !hasKey {
+		p.add("cluster.accepted_cluster_keys", "given without cluster_key or cluster_key_file: keys are accepted beside the node's own, give that")
+	}
+	if len(c.AcceptedGossip) > 0 && !hasCerts {
+		p.add("cluster.accepted_gossip_key_files", "given without gossip_key_file: secrets are accepted beside the node's own, give that")
+	}
+	if n := max(keys, len(c.AcceptedGossip)); n > maxAccepted {
+		p.add("cluster", "%d keys are accepted beside the node's own, at most %d: take out those that no node has any more", n, maxAccepted)
+	}
+	for _, path := range c.AcceptedKeyFiles {
+		p.file("cluster.accepted_cluster_key_files", path, true)
+	}
+	for _, path := range c.AcceptedGossip {
+		p.file("cluster.accepted_gossip_key_files", path, true)
 	}
 }
 

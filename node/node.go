@@ -67,8 +67,12 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	accepted, err := c.Accepted()
+	if err != nil {
+		return nil, err
+	}
 	id, err := cluster.LoadIdentity(cluster.IdentityOptions{
-		ClusterKey: key, CertFile: c.CertFile, KeyFile: c.KeyFile, CAFile: c.CAFile,
+		ClusterKey: key, AcceptedKeys: accepted, AcceptedGossipKeyFiles: c.AcceptedGossip, CertFile: c.CertFile, KeyFile: c.KeyFile, CAFile: c.CAFile,
 		GossipKeyFile: c.GossipKeyFile, Insecure: c.Insecure, NodeName: c.Name, Log: log,
 	})
 	if err != nil {

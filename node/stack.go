@@ -57,9 +57,8 @@ type stack struct {
 // nothing.
 func newStack(n *Node, l net.Listener) (*stack, error) {
 	cfg := n.cfg
-	st := &stack{node: n, company: make(chan struct{}), crashed: make(chan error, 1), port: cluster.NewDataPort(l, n.identity, n.log)}
+	st := &stack{node: n, company: make(chan struct{}), crashed: make(chan error, 1)}
 	st.ctx, st.cancel = context.WithCancel(context.Background())
-	st.port.Contain(st.contain(partDataPort))
 	c, err := cluster.New(cluster.Options{
 		Identity: n.identity, Name: cfg.Cluster.Name, BindAddr: cfg.Cluster.GossipAddress,
 		AdvertiseAddr: cfg.Cluster.AdvertiseAddress, DataAddress: l.Addr().String(),
@@ -69,10 +68,12 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 		return nil, err
 	}
 	st.cluster = c
+	st.port = cluster.NewDataPort(l, n.identity, c, n.log)
+	st.port.Contain(st.contain(partDataPort))
 	st.swarm = swarm.New(swarm.Options{
-		ClusterID: n.identity.ClusterID(), Listener: st.port.BitTorrent(),
+		Listener: st.port.BitTorrent(),
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
-			return n.identity.Dial(ctx, addr, cluster.ProtoBitTorrent)
+			return c.Dial(ctx, addr, cluster.ProtoBitTorrent)
 		},
 		UploadLimit: cfg.Swarm.UploadLimit.Bytes(), DownloadLimit: cfg.Swarm.DownloadLimit.Bytes(), Log: n.log,
 		Counter: n.metrics.Swarm(), Contain: st.containOrEnd(partSwarm),
@@ -92,7 +93,7 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 		Self: peer(c.Self()), Zone: c.Self().Zone(), Log: n.log, Contain: st.containOrEnd(partRegistrar),
 		Dial: func(_ context.Context, addr string) (*grpc.ClientConn, error) {
 			return grpc.NewClient("passthrough:///"+addr,
-				append(n.identity.GRPCDialOptions(), grpc.WithKeepaliveParams(keepalive.ClientParameters{
+				append(c.GRPCDialOptions(), grpc.WithKeepaliveParams(keepalive.ClientParameters{
 					Time: pingEvery, Timeout: pingTimeout, PermitWithoutStream: true,
 				}))...)
 		},

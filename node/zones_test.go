@@ -87,6 +87,12 @@ type zonedPeer struct {
 	told             map[int]bool
 }
 
+// everyone is a membership of all who have a certificate of the cluster.
+type everyone struct{}
+
+func (everyone) Admits(string) bool                 { return true }
+func (everyone) Await(context.Context, string) bool { return true }
+
 func newZoned(t *testing.T, content []byte, members, zones int) *zoned {
 	z := &zoned{t: t, layout: swarm.LayoutOf(int64(len(content))), byName: map[string]*zonedPeer{}, byAddr: map[string]*zonedPeer{}, started: time.Now()}
 	d := digest.FromBytes(content)
@@ -104,9 +110,9 @@ func newZoned(t *testing.T, content []byte, members, zones int) *zoned {
 		if err != nil {
 			t.Fatal(err)
 		}
-		port := cluster.NewDataPort(l, id, log)
+		port := cluster.NewDataPort(l, id, everyone{}, log)
 		s := swarm.New(swarm.Options{
-			ClusterID: id.ClusterID(), Listener: port.BitTorrent(), Log: log, UploadLimit: 20e6,
+			Listener: port.BitTorrent(), Log: log, UploadLimit: 20e6,
 			Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 				return id.Dial(ctx, addr, cluster.ProtoBitTorrent)
 			},

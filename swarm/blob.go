@@ -267,7 +267,7 @@ func (b *Blob) add(seg int, pieces []byte) (*segment, error) {
 	if s := b.segs[seg]; s != nil {
 		return s, nil
 	}
-	info, err := infoBytes(b.swarm.opts.ClusterID, b.digest, b.layout, seg, pieces)
+	info, err := infoBytes(b.digest, b.layout, seg, pieces)
 	if err != nil {
 		return nil, err
 	}

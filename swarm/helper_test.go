@@ -216,7 +216,7 @@ func newPeer(t testing.TB, change ...func(*Options)) *peer {
 		t.Fatal(err)
 	}
 	o := Options{
-		ClusterID: "test", Listener: l, Log: quiet(),
+		Listener: l, Log: quiet(),
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp", addr)
 		},

@@ -13,10 +13,15 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
+// source keeps the torrents apart from all others there are. It follows from no
+// key of the cluster: while keys are exchanged, nodes with the one and with the
+// other would be in two swarms. Strangers have no use for an infohash, since
+// they do not get to speak of it.
+const source = "imagewolf"
+
 // infoBytes returns the bencoded info dict of one segment's torrent, whose
-// SHA-1 is the infohash. Nothing in it differs between the nodes of a
-// cluster; the cluster's id keeps it from being guessed outside.
-func infoBytes(cluster string, d digest.Digest, l Layout, seg int, pieces []byte) ([]byte, error) {
+// SHA-1 is the infohash. Nothing in it differs from node to node.
+func infoBytes(d digest.Digest, l Layout, seg int, pieces []byte) ([]byte, error) {
 	_, n := l.Segment(seg)
 	private := true
 	b, err := bencode.Marshal(metainfo.Info{
@@ -25,7 +30,7 @@ func infoBytes(cluster string, d digest.Digest, l Layout, seg int, pieces []byte
 		PieceLength: l.PieceSize,
 		Pieces:      pieces,
 		Private:     &private,
-		Source:      cluster,
+		Source:      source,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("info dict of segment %d of %s: %w", seg, d, err)

@@ -55,9 +55,6 @@ const (
 
 // Options configure a Swarm.
 type Options struct {
-	// ClusterID is the same on all nodes of a cluster, and not guessable
-	// outside it: it is part of every infohash.
-	ClusterID string
 	// Listener is where peers connect, already authenticated. Run closes it.
 	Listener net.Listener
 	// Dial connects to a peer, given as host:port, and authenticates it. The

@@ -644,14 +644,14 @@ func TestOpen(t *testing.T) {
 
 func TestInfoIsTheSameEverywhere(t *testing.T) {
 	l := LayoutOf(5 << 20)
-	b, err := infoBytes("cluster", digest.FromString("x"), l, 1, bytes.Repeat([]byte{1}, 80))
+	b, err := infoBytes(digest.FromString("x"), l, 1, bytes.Repeat([]byte{1}, 80))
 	if err != nil {
 		t.Fatal(err)
 	}
 	const want = "d6:lengthi1048576e4:name73:sha256:2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881.112:piece lengthi262144e6:pieces80:" +
 		"\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01" +
 		"\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01\x01" +
-		"7:privatei1e6:source7:clustere"
+		"7:privatei1e6:source9:imagewolfe"
 	if string(b) != want {
 		t.Errorf("got  %q\nwant %q", b, want)
 	}
