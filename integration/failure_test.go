@@ -2,7 +2,6 @@ package integration
 
 import (
 	"context"
-	"net"
 	"os"
 	"testing"
 	"time"
@@ -229,18 +228,7 @@ func TestConnectionCut(t *testing.T) {
 // ends.
 func holdSocket(ctx context.Context, t *testing.T, n *harness.Node) {
 	t.Helper()
-	must(t, n.Wolf.Stop())
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: n.Wolf.Socket()})
-	must(t, err)
-	l.SetUnlinkOnClose(false) // the next daemon makes its own in its place
-	n.Wolf.Socketed, err = l.File()
-	must(t, err)
-	must(t, l.Close())
-	t.Cleanup(func() {
-		must(t, n.Wolf.Stop())
-		must(t, n.Wolf.Socketed.Close())
-		n.Wolf.Socketed = nil
-	})
+	hold(t, n)
 	must(t, n.Wolf.Start(ctx))
 }
 

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
@@ -44,9 +45,10 @@ func newLiar(t *testing.T, w *world) *liar {
 	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	must(t, err)
 	l.addr = listener.Addr().String()
-	port := cluster.NewDataPort(listener, l.id, quiet)
+	become(t, w, l.id, l.name, l.addr)
+	port := cluster.NewDataPort(listener, l.id, everyone{}, quiet)
 	l.swarm = swarm.New(swarm.Options{
-		ClusterID: l.id.ClusterID(), Listener: port.BitTorrent(), Log: quiet,
+		Listener: port.BitTorrent(), Log: quiet,
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			return l.id.Dial(ctx, addr, cluster.ProtoBitTorrent)
 		},
@@ -65,6 +67,60 @@ func newLiar(t *testing.T, w *world) *liar {
 		running.Wait()
 	})
 	return l
+}
+
+// everyone is a membership of all who have a certificate of the cluster.
+type everyone struct{}
+
+func (everyone) Admits(string) bool                 { return true }
+func (everyone) Await(context.Context, string) bool { return true }
+
+// become has the nodes know an identity as that of a member. It says goodbye at
+// once, so that nobody takes it for a tracker; members that have just left are
+// still let in.
+func become(t *testing.T, w *world, id *cluster.Identity, name, data string) {
+	t.Helper()
+	c, err := cluster.New(cluster.Options{
+		Identity: id, Name: name, BindAddr: "127.0.0.1:0", DataAddress: data, Log: slog.New(slog.DiscardHandler),
+		Join: []string{w.Nodes[0].Wolf.Gossip, w.Nodes[1].Wolf.Gossip},
+	})
+	must(t, err)
+	await := w.logged(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- c.Run(ctx) }()
+	await(fmt.Sprintf("msg=%q name=%s ", "node joined", name))
+	cancel()
+	must(t, <-done)
+	await(fmt.Sprintf("msg=%q name=%s ", "node gone", name))
+}
+
+// logged returns what waits until every daemon has logged a text since now.
+func (w *world) logged(t *testing.T) (await func(text string)) {
+	t.Helper()
+	began := map[*harness.Node]int{}
+	read := func(n *harness.Node) string {
+		data, err := os.ReadFile(n.Wolf.Log())
+		must(t, err)
+		return string(data)
+	}
+	for _, n := range w.Nodes {
+		began[n] = len(read(n))
+	}
+	return func(text string) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		must(t, harness.Poll(ctx, 20*time.Millisecond, func() error {
+			for _, n := range w.Nodes {
+				if !strings.Contains(read(n)[began[n]:], text) {
+					return fmt.Errorf("%s has not logged %s", n.Name, text)
+				}
+			}
+			return nil
+		}))
+	}
 }
 
 // dial returns a client of a node's tracker.

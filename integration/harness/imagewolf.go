@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -35,6 +36,7 @@ type ImageWolf struct {
 	content    string // containerd's content directory
 	containerd string // containerd's socket
 	key        string
+	accepted   []string // keys beside it
 	join       []string
 	proc       *Process
 	logStart   int64 // where in the log the running process's lines begin
@@ -121,14 +123,23 @@ func (w *ImageWolf) Config() string { return filepath.Join(w.Dir, "imagewolf.tom
 // Process returns the process; nil before Start.
 func (w *ImageWolf) Process() *Process { return w.proc }
 
+// UseKeys gives the daemon a cluster key, and others that it accepts beside it,
+// from the next Start on.
+func (w *ImageWolf) UseKeys(own string, accepted ...string) { w.key, w.accepted = own, accepted }
+
+// quoted writes a list as TOML has it.
+func quoted(list []string) string {
+	out := make([]string, len(list))
+	for i, s := range list {
+		out[i] = strconv.Quote(s)
+	}
+	return "[" + strings.Join(out, ", ") + "]"
+}
+
 func (w *ImageWolf) writeConfig() error {
 	host, _, err := net.SplitHostPort(w.Data)
 	if err != nil {
 		return fmt.Errorf("imagewolf's configuration: %w", err)
-	}
-	join := make([]string, len(w.join))
-	for i, j := range w.join {
-		join[i] = fmt.Sprintf("%q", j)
 	}
 	text := fmt.Sprintf(`root = %q
 socket = %q
@@ -140,10 +151,11 @@ name = %q
 gossip_address = %q
 data_address = %q
 advertise_address = %q
-join = [%s]
+join = %s
 cluster_key = %q
+accepted_cluster_keys = %s
 %s
-`, w.content, w.Socket(), w.containerd, firstOf(os.Getenv("IMAGEWOLF_TEST_LOG_LEVEL"), "info"), w.Settings[""], w.name, w.Gossip, w.Data, host, strings.Join(join, ", "), w.key, w.Settings["cluster"])
+`, w.content, w.Socket(), w.containerd, firstOf(os.Getenv("IMAGEWOLF_TEST_LOG_LEVEL"), "info"), w.Settings[""], w.name, w.Gossip, w.Data, host, quoted(w.join), w.key, quoted(w.accepted), w.Settings["cluster"])
 	text += fmt.Sprintf("[metrics]\naddress = %q\n", w.Metrics)
 	for _, table := range []string{"swarm", "tracker"} {
 		if s := w.Settings[table]; s != "" {
