@@ -525,7 +525,8 @@ func (m *Machine) help(now time.Time, i int, x *member, still time.Duration) []*
 	if hop != nil && hop != x {
 		peers = m.draw(r, i, x, []*member{hop}, anyone, 1, peers)
 	}
-	if len(peers) == 0 && ((still >= max(hopPatience, 2*patience) && !(hop != nil && m.trusts(now, i, hop))) || (hop == nil && len(s.relays) == 0)) {
+	waited := still >= max(hopPatience, 2*patience) && (hop == nil || !m.trusts(now, i, hop))
+	if len(peers) == 0 && (waited || (hop == nil && len(s.relays) == 0)) {
 		peers = m.draw(r, i, x, s.origins, anyone, 1, peers)
 	}
 	return peers

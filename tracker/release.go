@@ -77,7 +77,7 @@ func (m *Machine) release(now time.Time) {
 			if busy == nil {
 				busy = m.atWork(now)
 			}
-			if busy[o] >= m.hands(o) && !(s.spread && m.mustSupply(i, o.zone)) {
+			if busy[o] >= m.hands(o) && (!s.spread || !m.mustSupply(i, o.zone)) {
 				continue
 			}
 			s.released[o] = true
