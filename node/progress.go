@@ -241,8 +241,8 @@ func (s *session) patience(now time.Time) {
 	if s.state.Writing == 0 && still >= stall && now.Sub(s.askedAt) >= stall/2 {
 		s.askedAt = now
 		ask := &apiv1.Ask{}
-		// A little less than after which the tracker does without them.
-		if long := 2*stall - stall/4; still >= long {
+		// Sooner than the tracker does without them.
+		if long := stall + stall/2; still >= long {
 			ask.Silent = s.silent(now.Add(-long))
 		}
 		s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Ask{Ask: ask}})

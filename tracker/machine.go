@@ -499,6 +499,9 @@ func (m *Machine) blame(now time.Time, x *member, name string) {
 	m.bad[name] = append(by, x.name)
 	y := m.members[name]
 	banned := m.banned(name)
+	if !banned {
+		m.name(name, wrongHashes+", says one")
+	}
 	for i := range m.segs {
 		if m.segs[i].author != name {
 			continue
@@ -525,11 +528,11 @@ func (m *Machine) blame(now time.Time, x *member, name string) {
 	}
 }
 
-// complain is told by x, which stands still, of whom it has had no byte for twice
-// the stall timeout. That counts against those that have announced something that x
-// was sent to them for, and of whom nobody is known to have had a segment: honest
-// nodes, however slow, are through with one some time. What one says gets such a
-// member named, what two say shut out.
+// complain is told by x, which stands still, of whom it has had no byte for one
+// and a half times the stall timeout. That counts against those that have announced
+// something that x was sent to them for, and of whom nobody is known to have had a
+// segment: honest nodes, however slow, are through with one some time. What one
+// says gets such a member named, what two say shut out.
 func (m *Machine) complain(now time.Time, x *member, names []string) {
 	for _, name := range names[:min(len(names), maxGiven)] {
 		y := m.members[name]
@@ -553,7 +556,7 @@ func (m *Machine) complain(now time.Time, x *member, names []string) {
 // knows y.
 func (m *Machine) owes(now time.Time, y, x *member) bool {
 	// It looks less often than this machine, by a clock of its own.
-	if long := 2*m.stall - askAgain; now.Sub(x.moved) < long || now.Sub(y.heard) < long {
+	if long := m.stall + m.stall/2 - askAgain; now.Sub(x.moved) < long || now.Sub(y.heard) < long {
 		return false
 	}
 	for i := range m.segs {

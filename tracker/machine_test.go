@@ -551,7 +551,7 @@ var machineTests = []machineTest{
 			0s    join s whole has=0    > s wait
 			0s    join a can            > a seg0*(s)
 			0s    join b can            > b seg0*(a)
-			500ms bad a                 > b seg0(s)
+			500ms bad a                 > b seg0(s), s named
 			501ms ask a                 > a wait
 			502ms bad a
 			503ms bad b                 > b fetch, s out
@@ -567,7 +567,7 @@ var machineTests = []machineTest{
 			4ms   announce c 0 x
 			5ms   leave a               > b fetch
 			6ms   status b fetching -can present=1 prefix=1
-			7ms   bad b
+			7ms   bad b                 > a named
 			8ms   status b present=0 prefix=0
 			9ms   announce b 0 y        > c seg0*(b)`},
 	{name: "one that went on behind wrong bytes is spared", lines: `
@@ -581,7 +581,7 @@ var machineTests = []machineTest{
 			4ms   leave a               > b fetch, d seg0(b)
 			5ms   status b fetching -can present=1 prefix=1
 			6ms   announce b 1 x        > c seg1*(b), d seg1*(c)
-			7ms   bad b                 > d fetch
+			7ms   bad b                 > d fetch, a named
 			8ms   bad c
 			9ms   leave d               > c fetch`},
 	{name: "a member that throws its bytes away is no holder any more", lines: `

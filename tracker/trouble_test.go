@@ -112,8 +112,8 @@ func TestComplaints(t *testing.T) {
 		at     time.Duration // of the complaints
 		want   []string
 	}{
-		{"too early", false, 3700 * time.Millisecond, nil},
-		{"in time", false, 4100 * time.Millisecond, []string{"s named", "s out"}},
+		{"too early", false, 2700 * time.Millisecond, nil},
+		{"in time", false, 3100 * time.Millisecond, []string{"s named", "s out"}},
 		{"of one that has sent something", true, 8 * time.Second, nil},
 	} {
 		m := NewMachine(testDigest, testSize, MachineOptions{StallTimeout: testStall, Layout: testLayout})

@@ -124,7 +124,7 @@ func TestEntryIsReplaced(t *testing.T) {
 			2ms   join g can zone=z     > g seg0*(b)
 			3ms   join h can zone=z     > h seg0*(g)`},
 		{"it finds the hashes wrong", `
-			2ms   bad d                 > e seg0(b)`},
+			2ms   bad d                 > e seg0(b), a named`},
 	} {
 		t.Run(c.name, func(t *testing.T) { runScript(t, testDigest, testSize, 0, begin+c.lines) })
 	}

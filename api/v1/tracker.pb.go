@@ -545,7 +545,7 @@ func (x *Inline) GetData() []byte {
 // Ask is sent by a member that has seen no new byte for a while.
 type Ask struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Silent        []string               `protobuf:"bytes,1,rep,name=silent,proto3" json:"silent,omitempty"` // names of peers that it was told of and that have not answered, or could not be reached, for nearly twice the stall timeout
+	Silent        []string               `protobuf:"bytes,1,rep,name=silent,proto3" json:"silent,omitempty"` // names of peers that it was told of and that have not answered, or could not be reached, for one and a half times the stall timeout
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }

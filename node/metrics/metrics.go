@@ -81,7 +81,7 @@ func New(now Now, parts ...string) *Metrics {
 	}
 	m.tracker = Tracker{
 		shutOut:    out.WithLabelValues(BadHashes),
-		broke:      m.counter("promises_broken_total", "Members of blobs that this node tracks that did not do as they had said, such as to send what they had announced; the log has their names, and says whether they were shut out of the blob."),
+		broke:      m.counter("promises_broken_total", "Members of blobs that this node tracks that did not do as they had said, such as to send what they had announced, or were found wrong by one other member; the log has their names, and says whether they were shut out of the blob."),
 		mismatched: m.counter("tracker_mismatches_total", "Reports to this node as tracker that the bytes of a blob did not have its digest."),
 	}
 	m.store = Store{
