@@ -25,13 +25,14 @@ const (
 // concurrent use.
 type meter struct {
 	mu      sync.Mutex
-	seconds [meterSpan]meterSecond // guarded by mu; by Unix time modulo meterSpan
+	base    time.Time              // guarded by mu: an hour before the first bytes
+	seconds [meterSpan]meterSecond // guarded by mu; by second modulo meterSpan
 	peaks   [meterSlots]meterPeak  // guarded by mu; by slot number modulo meterSlots
 }
 
 // meterSecond is the bytes of one second. Registry's are among in.
 type meterSecond struct {
-	at                int64 // Unix time
+	at                int64 // seconds since base, by the clock that nobody sets
 	in, out, registry float64
 }
 
@@ -67,11 +68,15 @@ func (m *meter) spread(n float64, since, now time.Time, add func(s *meterSecond,
 	if oldest := now.Add((2 - meterSpan) * time.Second); since.Before(oldest) {
 		since = oldest
 	}
-	whole := now.Sub(since)
-	for at := since.Unix(); at <= now.Unix(); at++ {
+	if m.base.IsZero() {
+		m.base = since.Add(-time.Hour)
+	}
+	whole, first := now.Sub(since), m.secondsAt(since)
+	for at := first; at <= m.secondsAt(now); at++ {
 		part := 1.0
 		if whole > 0 {
-			lo, hi := time.Unix(at, 0), time.Unix(at+1, 0)
+			lo := m.base.Add(time.Duration(at) * time.Second)
+			hi := lo.Add(time.Second)
 			if lo.Before(since) {
 				lo = since
 			}
@@ -82,10 +87,13 @@ func (m *meter) spread(n float64, since, now time.Time, add func(s *meterSecond,
 		}
 		add(m.second(at), n*part)
 	}
-	m.peak(since.Unix(), now)
+	m.peak(first, now)
 }
 
-// second is the one of a Unix time. mu must be held.
+// secondsAt is how many whole seconds base is ago at a moment. mu must be held.
+func (m *meter) secondsAt(at time.Time) int64 { return int64(at.Sub(m.base) / time.Second) }
+
+// second is the one that began so many seconds after base. mu must be held.
 func (m *meter) second(at int64) *meterSecond {
 	s := &m.seconds[at%meterSpan]
 	if s.at != at {
@@ -94,15 +102,15 @@ func (m *meter) second(at int64) *meterSecond {
 	return s
 }
 
-// peak takes the best of the seconds from a Unix time until now into the slot of
+// peak takes the best of the seconds from a second until now into the slot of
 // now. mu must be held.
 func (m *meter) peak(from int64, now time.Time) {
-	slot := now.UnixNano() / int64(meterSlot)
+	slot := int64(now.Sub(m.base) / meterSlot)
 	p := &m.peaks[slot%meterSlots]
 	if p.slot != slot {
 		*p = meterPeak{slot: slot}
 	}
-	for at := from; at <= now.Unix(); at++ {
+	for at := from; at <= m.secondsAt(now); at++ {
 		var in, out float64
 		run := true
 		for k := range int64(meterRun) {
@@ -125,7 +133,10 @@ func (m *meter) peak(from int64, now time.Time) {
 func (m *meter) rates(now time.Time) (line, registry int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	slot := now.UnixNano() / int64(meterSlot)
+	if m.base.IsZero() {
+		return 0, 0
+	}
+	slot := int64(now.Sub(m.base) / meterSlot)
 	var l, r float64
 	for _, p := range m.peaks {
 		if slot-p.slot < meterSlots {
