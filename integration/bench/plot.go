@@ -25,7 +25,7 @@ var plotNodes = []int{1, 2, 4, 8, 16, 32}
 // Plotted returns the options of the runs that Plot makes: 32 nodes share this
 // machine's processors, so that the NICs are slow and the image is small.
 func Plotted() Options {
-	return Options{Rate: 20, Layers: 4, LayerMiB: 4, Repeat: 1, Scenarios: []string{cold}, KeepRate: true}
+	return Options{Rate: 20, Layers: 4, LayerMiB: 2, Repeat: 1, Scenarios: []string{cold}, KeepRate: true}
 }
 
 // Plot measures the cold scenario over numbers of nodes and draws the figures

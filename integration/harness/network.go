@@ -26,6 +26,7 @@ type Network struct {
 	spaces   []*space
 	machines int
 	links    int
+	hosts    []host
 }
 
 // NewNetwork returns a network without anything in it.
@@ -223,7 +224,36 @@ func (s *Switch) Machine(rate int64) (*Machine, error) {
 	if err != nil {
 		return nil, fmt.Errorf("address of a machine: %w", err)
 	}
-	return m, nil
+	return m, s.net.introduce(host{sp, l.Attrs().Index, addr.IP, l.Attrs().HardwareAddr})
+}
+
+// host is a machine as its neighbours know it.
+type host struct {
+	space *space
+	nic   int // index
+	ip    net.IP
+	mac   net.HardwareAddr
+}
+
+// introduce tells a machine and all others of each other. What they find out by
+// themselves goes into the kernel's one table for all namespaces, which is full
+// (net.ipv4.neigh.default.gc_thresh3, 1,024) with 33 machines; permanent entries
+// are not counted.
+func (n *Network) introduce(h host) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, o := range n.hosts {
+		for _, pair := range [][2]host{{h, o}, {o, h}} {
+			at, of := pair[0], pair[1]
+			if err := at.space.handle.NeighSet(&netlink.Neigh{
+				LinkIndex: at.nic, State: netlink.NUD_PERMANENT, IP: of.ip, HardwareAddr: of.mac,
+			}); err != nil {
+				return fmt.Errorf("neighbour of a machine: %w", err)
+			}
+		}
+	}
+	n.hosts = append(n.hosts, h)
+	return nil
 }
 
 // Uplink connects the switch to another; sent and received are then as the
