@@ -88,7 +88,7 @@ bench-smoke: bench-binaries ## the same, small: fails if a pull fails or the reg
 	COMMIT=$(COMMIT) $(BIN)/imagewolf-bench smoke
 
 .PHONY: bench-plot
-bench-plot: bench-binaries ## measure 1 to 32 nodes and draw docs/bench.svg; as root, half an hour
+bench-plot: bench-binaries ## measure 1 to 32 nodes and draw docs/bench.svg; as root, some minutes
 	COMMIT=$(COMMIT) $(BIN)/imagewolf-bench plot
 
 .PHONY: containerds
