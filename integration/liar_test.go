@@ -246,7 +246,7 @@ var lies = []struct {
 	log string
 }{
 	{
-		name: "wrong bytes by right hashes", quick: true, within: 12, copies: 2.05, log: "piece from peers was bad",
+		name: "wrong bytes by right hashes", quick: true, within: 12, copies: 1.05, log: "piece from peers was bad",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			l.seed(n, d, &lie{bytes: make([]byte, len(right))}, int64(len(right)), right)
 		},
