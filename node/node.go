@@ -44,6 +44,7 @@ type Node struct {
 	book     *book
 	metrics  *metrics.Metrics
 	meter    meter
+	inflow   *inflow
 	store    *store.Store // set by Run before anything else starts
 
 	mu       sync.Mutex
@@ -79,7 +80,7 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 		return nil, err
 	}
 	n := &Node{
-		cfg: cfg, log: log, identity: id, book: newBook(),
+		cfg: cfg, log: log, identity: id, book: newBook(), inflow: newInflow(log),
 		held: map[digest.Digest]int64{}, sessions: map[digest.Digest]*entry{},
 	}
 	n.metrics = n.newMetrics()

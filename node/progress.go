@@ -165,13 +165,17 @@ func (s *session) status() *apiv1.Status {
 	if s.state.Whole {
 		load = s.node.book.sends(s.digest, time.Now())
 	}
-	line, registry := s.node.meter.rates(time.Now())
+	now := time.Now()
+	line, registry := s.node.meter.rates(now)
+	fetching := s.state.Writing > 0 && !s.state.Whole
+	receiving := fetching && s.node.inflow.receiving(now, s.metered.broughtAt, 1+int(load))
 	return &apiv1.Status{
 		Prefix: s.state.Prefix, Present: s.state.Present,
-		CanFetch: s.state.Waiting > 0, Fetching: s.state.Writing > 0 && !s.state.Whole,
+		CanFetch: s.state.Waiting > 0, Fetching: fetching,
 		Whole: s.state.Whole, Load: load, Rank: rank, Retracted: uint32(s.retracted),
 		Line: line, Registry: registry,
-		Busy: s.node.book.busy(s.digest, time.Now()) || s.receives(time.Now()),
+		Receiving: receiving,
+		Busy:      receiving || s.node.book.busy(s.digest, now) || s.receives(now),
 	}
 }
 
@@ -198,6 +202,7 @@ func (s *session) tell(now time.Time) {
 	only := proto.CloneOf(st)
 	only.Prefix, only.Present, only.Load, only.Rank = s.sent.GetPrefix(), s.sent.GetPresent(), s.sent.GetLoad(), s.sent.GetRank()
 	only.Busy, only.Line, only.Registry = s.sent.GetBusy(), s.sent.GetLine(), s.sent.GetRegistry()
+	only.Receiving = s.sent.GetReceiving()
 	if proto.Equal(only, s.sent) && now.Sub(s.sentAt) < statusEvery {
 		return
 	}

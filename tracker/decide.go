@@ -253,13 +253,15 @@ func (m *Machine) compareLines(a, b *member) int {
 // it. containerd hands bytes on 1 MiB at a time, so on a slow line a fetcher
 // seems to stand still between two of them, and a second one would make the
 // line slower yet. Above all where bytes of other blobs keep coming in: its
-// line works, but is shared by many.
+// line works, but is shared by many; and where bytes of this one come in, too.
 func (m *Machine) patience(now time.Time, f *member) time.Duration {
 	if !f.fetching {
 		return m.stall // it was told, and its client has not even begun
 	}
 	d := min(max(2*f.gap, m.stall), m.stall+slowSlack)
 	switch {
+	case f.receiving && f.works(now, m.stall):
+		d = receivingStalls * m.stall
 	case f.works(now, m.stall):
 		d = busyStalls * m.stall
 	case f.gap == 0:

@@ -54,6 +54,9 @@ const (
 	// busyStalls is after how many stall timeouts a fetcher is given up that
 	// gets bytes of other blobs all the while.
 	busyStalls = 5
+	// receivingStalls is after how many a fetcher is given up that is known to get
+	// bytes of this blob.
+	receivingStalls = 10
 	// slowFactor is how many times as fast as its line another member has had
 	// bytes from a registry, for a member's line to be called slow.
 	slowFactor = 8

@@ -31,6 +31,7 @@ type member struct {
 	fetching        bool
 	whole           bool
 	busy            bool
+	receiving       bool
 	busyAt          time.Time // when it was last heard to be busy
 	load, rank      uint32
 	retracted       uint32 // Retract messages it has taken
@@ -115,7 +116,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	}
 	changed := x.class == gone || x.canFetch != s.GetCanFetch() || x.fetching != s.GetFetching() ||
 		x.line != s.GetLine() || x.registry != s.GetRegistry() ||
-		x.whole != s.GetWhole() || x.load != s.GetLoad() || x.busy != s.GetBusy() || (x.present < m.size) != (present < m.size) ||
+		x.whole != s.GetWhole() || x.load != s.GetLoad() || x.busy != s.GetBusy() || x.receiving != s.GetReceiving() || (x.present < m.size) != (present < m.size) ||
 		(!m.vacant.IsZero() && prefix > x.prefix && prefix >= m.reach(x))
 	if s.GetWhole() && !x.whole {
 		x.relay = x.class == leecher
@@ -136,7 +137,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	turned := x.class != gone && x.canFetch != s.GetCanFetch()
 	x.prefix, x.present = prefix, present
 	x.canFetch, x.fetching, x.whole = s.GetCanFetch(), s.GetFetching(), s.GetWhole()
-	x.load, x.rank, x.busy = s.GetLoad(), s.GetRank(), s.GetBusy()
+	x.load, x.rank, x.busy, x.receiving = s.GetLoad(), s.GetRank(), s.GetBusy(), s.GetReceiving()
 	x.line, x.registry = s.GetLine(), s.GetRegistry()
 	m.fastest = max(m.fastest, x.registry)
 	if x.busy {

@@ -154,14 +154,20 @@ func TestComplaints(t *testing.T) {
 }
 
 func TestPatienceEndsWellBeforeAllGiveUp(t *testing.T) {
-	for _, c := range []struct{ maxWait, want time.Duration }{
-		{0, busyStalls * 2 * time.Second},
-		{30 * time.Second, busyStalls * 2 * time.Second},
-		{6 * time.Second, 3 * time.Second},
-		{2 * time.Second, 2 * time.Second},
+	for _, c := range []struct {
+		maxWait, want time.Duration
+		receiving     bool
+	}{
+		{0, busyStalls * 2 * time.Second, false},
+		{30 * time.Second, busyStalls * 2 * time.Second, false},
+		{6 * time.Second, 3 * time.Second, false},
+		{2 * time.Second, 2 * time.Second, false},
+		{0, receivingStalls * 2 * time.Second, true},
+		{30 * time.Second, 15 * time.Second, true},
+		{6 * time.Second, 3 * time.Second, true},
 	} {
 		m := NewMachine(testDigest, testSize, MachineOptions{Layout: testLayout, StallTimeout: 2 * time.Second, MaxWait: c.maxWait})
-		if got := m.patience(epoch, &member{fetching: true, busy: true, busyAt: epoch}); got != c.want {
+		if got := m.patience(epoch, &member{fetching: true, busy: true, busyAt: epoch, receiving: c.receiving}); got != c.want {
 			t.Errorf("%v with max_wait %v, want %v", got, c.maxWait, c.want)
 		}
 	}

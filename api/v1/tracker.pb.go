@@ -386,6 +386,7 @@ type Status struct {
 	Retracted     uint32                 `protobuf:"varint,9,opt,name=retracted,proto3" json:"retracted,omitempty"`               // Retract messages taken so far of this blob
 	Line          int64                  `protobuf:"varint,10,opt,name=line,proto3" json:"line,omitempty"`                        // bytes/s that came in here or went out in the best second lately, all blobs together; 0: not known, no transfer was long enough to tell
 	Registry      int64                  `protobuf:"varint,11,opt,name=registry,proto3" json:"registry,omitempty"`                // bytes/s that came in here from registries in the best second lately; 0: not known
+	Receiving     bool                   `protobuf:"varint,12,opt,name=receiving,proto3" json:"receiving,omitempty"`              // fetching, and bytes come in of it as far as can be told, though none are handed on: a slow line
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -495,6 +496,13 @@ func (x *Status) GetRegistry() int64 {
 		return x.Registry
 	}
 	return 0
+}
+
+func (x *Status) GetReceiving() bool {
+	if x != nil {
+		return x.Receiving
+	}
+	return false
 }
 
 // Inline carries a whole small blob (at most 64 KiB).
@@ -1130,7 +1138,7 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\aresumed\x18\a \x01(\bR\aresumed\"<\n" +
 	"\bAnnounce\x12\x18\n" +
 	"\asegment\x18\x01 \x01(\rR\asegment\x12\x16\n" +
-	"\x06pieces\x18\x02 \x01(\fR\x06pieces\"\x93\x02\n" +
+	"\x06pieces\x18\x02 \x01(\fR\x06pieces\"\xb1\x02\n" +
 	"\x06Status\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\x03R\x06prefix\x12\x18\n" +
 	"\apresent\x18\x02 \x01(\x03R\apresent\x12\x1b\n" +
@@ -1143,7 +1151,8 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\tretracted\x18\t \x01(\rR\tretracted\x12\x12\n" +
 	"\x04line\x18\n" +
 	" \x01(\x03R\x04line\x12\x1a\n" +
-	"\bregistry\x18\v \x01(\x03R\bregistry\"\x1c\n" +
+	"\bregistry\x18\v \x01(\x03R\bregistry\x12\x1c\n" +
+	"\treceiving\x18\f \x01(\bR\treceiving\"\x1c\n" +
 	"\x06Inline\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x1d\n" +
 	"\x03Ask\x12\x16\n" +

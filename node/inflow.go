@@ -1,0 +1,160 @@
+package node
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+)
+
+const (
+	// handedOn is how much of a blob containerd and its clients read from a registry
+	// before they hand it on (content.Copy's buffer). On a slow line nothing is seen
+	// of a fetch for as long as that takes.
+	handedOn = 1 << 20
+	// inflowSlack is how much more may have come in: headers, TLS, what lies in buffers.
+	inflowSlack = 256 << 10
+	// quietFor is how long a fetch brings nothing before its connections are looked at.
+	quietFor = 500 * time.Millisecond
+	// sampleEvery is the least time between two looks at them.
+	sampleEvery = 500 * time.Millisecond
+	// inflowLately is within which time bytes must have come in, and inflowLeast how
+	// many: more than what keeps a connection alive.
+	inflowLately = 2 * time.Second
+	inflowLeast  = 4 << 10
+	// inflowSpan is how long looks are kept. No patience is longer.
+	inflowSpan = time.Minute
+	// maxConnections is with how many connections of other processes the node does
+	// without the look: it would take too long.
+	maxConnections = 4096
+)
+
+// inflow tells a fetch whose registry is slow from one whose registry is silent,
+// while neither has handed on a byte: by what the kernel says that the TCP
+// connections of other processes here have received. Which of them is containerd's
+// is not known, and need not be: one that has had more than the fetches together can
+// be waiting for is somebody else's. It is safe for concurrent use.
+type inflow struct {
+	log         *slog.Logger
+	connections func() (map[uint32]uint64, error) // bytes received, by socket
+
+	mu      sync.Mutex
+	samples []sample // guarded by mu; oldest first
+	failed  bool     // guarded by mu; that it cannot be known was logged
+}
+
+type sample struct {
+	at       time.Time
+	received map[uint32]uint64
+}
+
+func newInflow(log *slog.Logger) *inflow { return &inflow{log: log, connections: connectionsOfOthers} }
+
+// receiving says whether a fetch that has brought nothing since a moment is taken to
+// be receiving bytes. fetches is how many blobs are being fetched here, this one among
+// them. It is false where that cannot be known.
+func (f *inflow) receiving(now, since time.Time, fetches int) bool {
+	if now.Sub(since) < quietFor {
+		return false
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.look(now)
+	if len(f.samples) == 0 {
+		return false
+	}
+	last, before, base := f.samples[len(f.samples)-1], sample{}, f.samples[0]
+	for _, s := range f.samples {
+		if before.received == nil && now.Sub(s.at) <= inflowLately {
+			before = s
+		}
+		if !s.at.After(since) {
+			base = s
+		}
+	}
+	limit := uint64(fetches)*handedOn + inflowSlack
+	for socket, n := range last.received {
+		had, known := before.received[socket]
+		if known && n >= had+inflowLeast && n-min(base.received[socket], n) < limit {
+			return true
+		}
+	}
+	return false
+}
+
+// look takes a sample if one is due. mu must be held.
+func (f *inflow) look(now time.Time) {
+	if n := len(f.samples); n > 0 && now.Sub(f.samples[n-1].at) < sampleEvery {
+		return
+	}
+	received, err := f.connections()
+	if err != nil {
+		if !f.failed {
+			f.failed = true
+			f.log.Info("whether a slow registry sends anything is not known: a second node is sent to it sooner", "err", err)
+		}
+		f.samples = nil
+		return
+	}
+	f.failed = false
+	f.samples = append(f.samples, sample{now, received})
+	for now.Sub(f.samples[0].at) > inflowSpan {
+		f.samples = f.samples[1:]
+	}
+}
+
+// connectionsOfOthers returns what the TCP connections of other processes in this
+// network namespace have received, in bytes, by the socket's inode (sock_diag(7)).
+func connectionsOfOthers() (map[uint32]uint64, error) {
+	own, err := ownSockets()
+	if err != nil {
+		return nil, err
+	}
+	out := map[uint32]uint64{}
+	for _, family := range []uint8{syscall.AF_INET, syscall.AF_INET6} {
+		list, err := netlink.SocketDiagTCPInfo(family)
+		if err != nil {
+			return nil, fmt.Errorf("TCP connections: %w", err)
+		}
+		for _, c := range list {
+			if c.TCPInfo == nil || c.TCPInfo.State != netlink.TCP_ESTABLISHED || own[c.InetDiagMsg.INode] {
+				continue
+			}
+			if len(out) == maxConnections {
+				return nil, fmt.Errorf("more than %d TCP connections", maxConnections)
+			}
+			out[c.InetDiagMsg.INode] = c.TCPInfo.Bytes_received
+		}
+	}
+	return out, nil
+}
+
+// ownSockets returns the inodes of this process' sockets.
+func ownSockets() (map[uint32]bool, error) {
+	const fds = "/proc/self/fd"
+	entries, err := os.ReadDir(fds)
+	if err != nil {
+		return nil, err
+	}
+	out := map[uint32]bool{}
+	for _, e := range entries {
+		to, err := os.Readlink(fds + "/" + e.Name())
+		if err != nil {
+			continue // closed meanwhile
+		}
+		inode, ok := strings.CutPrefix(to, "socket:[")
+		if !ok {
+			continue
+		}
+		if n, err := strconv.ParseUint(strings.TrimSuffix(inode, "]"), 10, 32); err == nil {
+			out[uint32(n)] = true
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,148 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/vishvananda/netlink"
+)
+
+// A fetch whose connection moves is slow; one whose connection is silent, or whose
+// node only has connections that move too much to be it, is not known to be.
+func TestInflowTellsSlowFromSilent(t *testing.T) {
+	const kib = 1 << 10
+	tests := []struct {
+		name    string
+		fetches int
+		perTick []uint64 // bytes that come in on each connection in half a second
+		want    bool
+	}{
+		{"nothing comes in", 1, []uint64{0}, false},
+		{"keep-alives only", 1, []uint64{100}, false},
+		{"a slow registry", 1, []uint64{50 * kib}, true},
+		{"somebody else's download", 1, []uint64{900 * kib}, false},
+		{"a slow registry beside somebody else's download", 1, []uint64{900 * kib, 50 * kib}, true},
+		{"three fetches on one connection", 3, []uint64{200 * kib}, true},
+		{"one fetch cannot have so much outstanding", 1, []uint64{200 * kib}, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				received := map[uint32]uint64{}
+				f := &inflow{log: slog.New(slog.DiscardHandler), connections: func() (map[uint32]uint64, error) {
+					out := map[uint32]uint64{}
+					for i, n := range tt.perTick {
+						received[uint32(i)] += n
+						out[uint32(i)] = received[uint32(i)]
+					}
+					return out, nil
+				}}
+				since, got := time.Now(), false
+				for range 16 { // 8 seconds
+					got = f.receiving(time.Now(), since, tt.fetches)
+					time.Sleep(sampleEvery)
+				}
+				if got != tt.want {
+					t.Errorf("receiving = %v, want %v", got, tt.want)
+				}
+			})
+		})
+	}
+}
+
+func TestInflowForgetsWhatWasBeforeTheSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var n uint64
+		f := &inflow{log: slog.New(slog.DiscardHandler), connections: func() (map[uint32]uint64, error) {
+			n += 100 << 10
+			return map[uint32]uint64{7: n}, nil
+		}}
+		since := time.Now()
+		for range 120 { // a minute; every four seconds a chunk is handed on
+			if time.Since(since) > 4*time.Second {
+				since = time.Now()
+			}
+			got := f.receiving(time.Now(), since, 1)
+			if quiet := time.Since(since); quiet >= time.Second && !got {
+				t.Fatalf("%v after a chunk: not receiving", quiet)
+			}
+			time.Sleep(sampleEvery)
+		}
+		if most := int(inflowSpan/sampleEvery) + 2; len(f.samples) > most {
+			t.Errorf("%d samples are kept, at most %d are needed", len(f.samples), most)
+		}
+	})
+}
+
+func TestInflowWithoutTheKernelsWord(t *testing.T) {
+	f := &inflow{log: slog.New(slog.DiscardHandler), connections: func() (map[uint32]uint64, error) {
+		return nil, errors.New("no such thing here")
+	}}
+	if now := time.Now(); f.receiving(now, now.Add(-time.Minute), 1) {
+		t.Error("receiving, although nothing is known")
+	}
+}
+
+// The kernel is asked for real: what this process has is not listed.
+func TestConnectionsOfOthersAreNotOurs(t *testing.T) {
+	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close() //nolint:errcheck // the end of the test
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			c = nil
+		}
+		accepted <- c
+	}()
+	out, err := (&net.Dialer{}).DialContext(context.Background(), "tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close() //nolint:errcheck // the end of the test
+	in := <-accepted
+	if in == nil {
+		t.Fatal("not accepted")
+	}
+	defer in.Close() //nolint:errcheck // the end of the test
+	if _, err := out.Write(make([]byte, 10_000)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(in, make([]byte, 10_000)); err != nil {
+		t.Fatal(err)
+	}
+	all, err := netlink.SocketDiagTCPInfo(netlink.FAMILY_V4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := uint16(l.Addr().(*net.TCPAddr).Port)
+	others, err := connectionsOfOthers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var seen bool
+	for _, c := range all {
+		if c.InetDiagMsg.ID.SourcePort != port || c.TCPInfo.State != netlink.TCP_ESTABLISHED {
+			continue
+		}
+		seen = true
+		if c.TCPInfo.Bytes_received != 10_000 {
+			t.Errorf("the kernel says %d bytes were received, want 10000", c.TCPInfo.Bytes_received)
+		}
+		if _, ok := others[c.InetDiagMsg.INode]; ok {
+			t.Error("a connection of this process is taken for another's")
+		}
+	}
+	if !seen {
+		t.Error("the kernel does not list the connection")
+	}
+}
