@@ -7,11 +7,13 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 )
 
@@ -204,6 +206,47 @@ func TestOnlyMembersAreLetIn(t *testing.T) {
 	awaitMembers(t, server, "member", "server")
 	talks(again, again.o.Identity.Dial)
 	silence(t, member.o.Identity, port)
+}
+
+// Nor does a node speak to one that is no member, whoever named its address.
+func TestOnlyMembersAreSpokenTo(t *testing.T) {
+	key := GenerateKey()
+	l := listen(t)
+	member := dataNode(t, key, "member", l.Addr().String(), "")
+	start(t, member.Run)
+	c := dataNode(t, key, "node", "127.0.0.1:1", gossipAddr(t, member).String())
+	start(t, c.Run)
+	awaitMembers(t, c, "member", "node")
+
+	other := NewDataPort(listen(t), keyed(t, key, "stranger"), c, silent)
+	for _, p := range []*DataPort{NewDataPort(l, member.o.Identity, member, silent), other} {
+		start(t, p.Run)
+		greet(t, p)
+		srv := grpc.NewServer(grpc.Creds(member.o.Identity.ServerCredentials()))
+		healthv1.RegisterHealthServer(srv, health.NewServer())
+		start(t, func(context.Context) error { return srv.Serve(p.GRPC()) })
+		t.Cleanup(srv.Stop)
+
+		said, err := hello(t.Context(), c.Dial, p)
+		conn, dialErr := grpc.NewClient("passthrough:///"+p.listener.Addr().String(), c.GRPCDialOptions()...)
+		if dialErr != nil {
+			t.Fatal(dialErr)
+		}
+		defer conn.Close() //nolint:errcheck // the call is over
+		_, callErr := healthv1.NewHealthClient(conn).Check(t.Context(), &healthv1.HealthCheckRequest{})
+		if p == other {
+			if !errors.Is(err, errStranger) || said != "" {
+				t.Errorf("a stranger's port says %q, %v", said, err)
+			}
+			if callErr == nil || !strings.Contains(callErr.Error(), errStranger.Error()) {
+				t.Errorf("a call to a stranger ends with %v", callErr)
+			}
+			continue
+		}
+		if said != "hello node" || callErr != nil {
+			t.Errorf("a member's port says %q, %v; a call ends with %v", said, err, callErr)
+		}
+	}
 }
 
 // A node connects to one that has not heard of it, and is let in at once.

@@ -3,30 +3,83 @@ package cluster
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
 	"net"
 	"time"
 
 	"github.com/hashicorp/memberlist"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 )
 
 // updateTimeout is how long news of this node's keys may take to be on its way.
 const updateTimeout = 2 * time.Second
 
+// errStranger is returned to those who dial one that is no member.
+var errStranger = errors.New("it has a certificate of the cluster and is no member")
+
 // Dial is Identity.Dial to a member at the address of its data port, which is
-// told before who comes.
+// told before who comes. One that is no member, whoever gave its address, is not
+// spoken to.
 func (c *Cluster) Dial(ctx context.Context, address, proto string) (net.Conn, error) {
 	c.introduce(address)
-	return c.o.Identity.Dial(ctx, address, proto)
+	conn, err := c.o.Identity.Dial(ctx, address, proto)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.recognise(ctx, conn.(*tls.Conn).ConnectionState()); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", address, err), conn.Close())
+	}
+	return conn, nil
 }
 
 // GRPCDialOptions are Identity.GRPCDialOptions, for connections that are
-// announced as those of Dial are.
+// announced and checked as those of Dial are.
 func (c *Cluster) GRPCDialOptions() []grpc.DialOption {
-	return append(c.o.Identity.GRPCDialOptions(), grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
-		c.introduce(address)
-		return dialTCP(ctx, address)
-	}))
+	return append(c.o.Identity.GRPCDialOptions(),
+		grpc.WithTransportCredentials(memberCredentials{credentials.NewTLS(c.o.Identity.ClientTLS(ProtoGRPC)), c}),
+		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			c.introduce(address)
+			return dialTCP(ctx, address)
+		}))
+}
+
+// recognise returns an error unless the other side of a connection is a member, or
+// gossip says so within 2 seconds: one that has just joined may be heard of from
+// a tracker first.
+func (c *Cluster) recognise(ctx context.Context, s tls.ConnectionState) error {
+	peer := s.PeerCertificates[0]
+	ctx, cancel := context.WithTimeout(ctx, admitTimeout)
+	defer cancel()
+	if c.Await(ctx, fingerprint(peer)) {
+		return nil
+	}
+	return fmt.Errorf("%q: %w", peer.Subject.CommonName, errStranger)
+}
+
+// memberCredentials are TLS credentials for clients of members.
+type memberCredentials struct {
+	credentials.TransportCredentials
+	cluster *Cluster
+}
+
+// ClientHandshake implements credentials.TransportCredentials.
+func (m memberCredentials) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := m.TransportCredentials.ClientHandshake(ctx, authority, raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := m.cluster.recognise(ctx, info.(credentials.TLSInfo).State); err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("%s: %w", raw.RemoteAddr(), err), conn.Close())
+	}
+	return conn, info, nil
+}
+
+// Clone implements credentials.TransportCredentials.
+func (m memberCredentials) Clone() credentials.TransportCredentials {
+	return memberCredentials{m.TransportCredentials.Clone(), m.cluster}
 }
 
 // introduce tells a member, by one packet of gossip, this node's keys. A node
