@@ -53,6 +53,11 @@ var badFiles = map[string][]string{
 		"swarm.upload_limit: 10B/s is too little",
 		"swarm.idle_timeout: 10ms is out of range: choose 1s to 24h",
 		"tracker.max_wait: 10m is out of range: choose 1s to 4m",
+		"prefetch.namespace: \"k8s/io\" is no namespace of containerd",
+		"prefetch.certs_dir: \"certs.d\" is not an absolute path",
+		"prefetch.credential_files[1]: \"b.json\" is not an absolute path",
+		"prefetch.slots: 0 is out of range: choose 1 to 16",
+		"prefetch.bandwidth_limit: 1000B/s is too little",
 		"metrics.address: \"metrics\" is not host:port",
 	},
 	"timeouts.bad.toml": {

@@ -22,16 +22,17 @@ const ContentDir = "io.containerd.content.v1.content"
 // Config is what a node can be told. The zero value is not usable: start from
 // Default or Load.
 type Config struct {
-	Root             string  `toml:"root" comment:"Containerd's content directory: <root of containerd>/io.containerd.content.v1.content.\nIts blobs are used where they are, and stay there when ImageWolf is removed. Absolute path."`
-	Socket           string  `toml:"socket" comment:"Unix socket on which containerd finds ImageWolf: the address in its [proxy_plugins].\nAbsolute path, at most 107 bytes. Ignored for listening when systemd hands over the socket."`
-	ContainerdSocket string  `toml:"containerd_socket" comment:"Unix socket of containerd itself. Layers of a kind that ImageWolf does not unpack\n(encrypted ones) are handed back through it. Absolute path."`
-	SeedQuota        Size    `toml:"seed_quota" comment:"Disk space for blobs that containerd no longer needs, kept to serve other nodes;\nthe least recently used go first. Bytes with unit, such as \"500MB\" or \"20GiB\"; \"0\" keeps none."`
-	LogLevel         string  `toml:"log_level" comment:"Least level that is logged: debug, info, warn or error."`
-	LogFormat        string  `toml:"log_format" comment:"How log lines look: text or json."`
-	Cluster          Cluster `toml:"cluster" comment:"Who the other nodes are, and how they know each other.\nEvery node needs an identity: cluster_key_file (or IMAGEWOLF_CLUSTER_KEY), or the four\nfiles cert_file, key_file, ca_file and gossip_key_file. Without one the daemon does not start."`
-	Swarm            Swarm   `toml:"swarm" comment:"Traffic between nodes."`
-	Tracker          Tracker `toml:"tracker" comment:"When a node waits for the others, and when it goes to the registry. The defaults suit\nclusters of any size; longer times ask the registry for less, shorter ones wait less."`
-	Metrics          Metrics `toml:"metrics" comment:"What the node counts, for Prometheus."`
+	Root             string   `toml:"root" comment:"Containerd's content directory: <root of containerd>/io.containerd.content.v1.content.\nIts blobs are used where they are, and stay there when ImageWolf is removed. Absolute path."`
+	Socket           string   `toml:"socket" comment:"Unix socket on which containerd finds ImageWolf: the address in its [proxy_plugins].\nAbsolute path, at most 107 bytes. Ignored for listening when systemd hands over the socket."`
+	ContainerdSocket string   `toml:"containerd_socket" comment:"Unix socket of containerd itself. Layers of a kind that ImageWolf does not unpack\n(encrypted ones) are handed back through it. Absolute path."`
+	SeedQuota        Size     `toml:"seed_quota" comment:"Disk space for blobs that containerd no longer needs, kept to serve other nodes;\nthe least recently used go first. Bytes with unit, such as \"500MB\" or \"20GiB\"; \"0\" keeps none."`
+	LogLevel         string   `toml:"log_level" comment:"Least level that is logged: debug, info, warn or error."`
+	LogFormat        string   `toml:"log_format" comment:"How log lines look: text or json."`
+	Cluster          Cluster  `toml:"cluster" comment:"Who the other nodes are, and how they know each other.\nEvery node needs an identity: cluster_key_file (or IMAGEWOLF_CLUSTER_KEY), or the four\nfiles cert_file, key_file, ca_file and gossip_key_file. Without one the daemon does not start."`
+	Swarm            Swarm    `toml:"swarm" comment:"Traffic between nodes."`
+	Tracker          Tracker  `toml:"tracker" comment:"When a node waits for the others, and when it goes to the registry. The defaults suit\nclusters of any size; longer times ask the registry for less, shorter ones wait less."`
+	Prefetch         Prefetch `toml:"prefetch" comment:"Images that this node pulls before anyone asks for them, through its own containerd."`
+	Metrics          Metrics  `toml:"metrics" comment:"What the node counts, for Prometheus."`
 }
 
 // Cluster says who the other nodes are and how they recognise each other.
@@ -68,6 +69,16 @@ type Tracker struct {
 	MaxWait       Duration `toml:"max_wait" comment:"How long a node waits without a single new byte before it asks the registry by itself,\nwhatever the others do. 1s to 4m: containerd's CRI gives up on a pull after 5m without progress."`
 }
 
+// Prefetch says how images are pulled that nobody asked for yet.
+type Prefetch struct {
+	Namespace       string   `toml:"namespace" comment:"Namespace of containerd for images whose request names none. \"k8s.io\" is kubelet's."`
+	Snapshotter     string   `toml:"snapshotter" comment:"Snapshotter that images are unpacked into: the one that containerd's CRI is set to.\nEmpty: containerd's default, overlayfs."`
+	CertsDir        string   `toml:"certs_dir" comment:"Containerd's own registry configuration: hosts.toml and certificates by host.\nAbsolute path, several separated by ':', as in containerd's config_path. Empty: none."`
+	CredentialFiles []string `toml:"credential_files" comment:"Files with credentials for private registries: Docker's config.json, or Kubernetes' .dockerconfigjson\nand .dockercfg. Absolute paths, at most 32. Read again when they change; they may come later."`
+	Slots           int      `toml:"slots" comment:"How many images are pulled at the same time; the others wait. 1 to 16."`
+	BandwidthLimit  Rate     `toml:"bandwidth_limit" comment:"Most that all prefetches of this node together take, in bytes per second. \"0\": no limit;\notherwise at least 256KiB/s. docs/prefetch.md says what it does not hold for."`
+}
+
 // Metrics says where Prometheus finds what the node counts.
 type Metrics struct {
 	Address string `toml:"address" comment:"Where GET /metrics is answered, in plain HTTP and to everyone who can reach it: host:port, such as\n\"127.0.0.1:7948\". Empty: nowhere."`
@@ -98,6 +109,9 @@ func Default() Config {
 			DecideTimeout: Duration(300 * time.Millisecond),
 			StallTimeout:  Duration(2 * time.Second),
 			MaxWait:       Duration(30 * time.Second),
+		},
+		Prefetch: Prefetch{
+			Namespace: "k8s.io", CertsDir: "/etc/containerd/certs.d", CredentialFiles: []string{}, Slots: 2,
 		},
 	}
 }

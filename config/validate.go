@@ -20,12 +20,15 @@ const (
 	minRate       = 256 << 10 // below, a single request of a peer takes seconds
 	maxJoin       = 256
 	maxAccepted   = 4   // keys beside the node's own, as package cluster has it
+	maxSlots      = 16  // of prefetches: each pulls several blobs
+	maxCredFiles  = 32  // each is looked at for every refusal of a registry
 	maxLabels     = 256 // bytes in all: labels travel in gossip's node metadata, which has 512
 )
 
 var (
 	nodeName   = regexp.MustCompile(`^[A-Za-z0-9._-]{1,253}$`)
 	labelKey   = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$`)
+	nsName     = regexp.MustCompile(`^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$`) // as containerd has it
 	labelValue = regexp.MustCompile(`^[A-Za-z0-9._/:-]{0,63}$`)
 )
 
@@ -63,6 +66,7 @@ func (c Config) Validate() error {
 	if t.StallTimeout > t.MaxWait {
 		p.add("tracker.stall_timeout", "%s is above tracker.max_wait (%s): lower the one or raise the other", t.StallTimeout, t.MaxWait)
 	}
+	p.prefetch(c.Prefetch)
 	p.metrics(c)
 	return errors.Join(p...)
 }
@@ -76,6 +80,29 @@ func (p *problems) metrics(c Config) {
 	if (a == c.Cluster.GossipAddress || a == c.Cluster.DataAddress) && !strings.HasSuffix(a, ":0") {
 		p.add("metrics.address", "is the same as cluster.gossip_address or cluster.data_address: all listen on tcp, give it a port of its own")
 	}
+}
+
+func (p *problems) prefetch(c Prefetch) {
+	if !nsName.MatchString(c.Namespace) || len(c.Namespace) > 76 {
+		p.add("prefetch.namespace", "%q is no namespace of containerd: letters and digits, with '.', '-' and '_' between them, at most 76", c.Namespace)
+	}
+	for _, dir := range filepath.SplitList(c.CertsDir) {
+		if !filepath.IsAbs(dir) {
+			p.add("prefetch.certs_dir", "%q is not an absolute path: start it with /", dir)
+		}
+	}
+	if len(c.CredentialFiles) > maxCredFiles {
+		p.add("prefetch.credential_files", "%d files, at most %d: put the entries of several into one", len(c.CredentialFiles), maxCredFiles)
+	}
+	for i, path := range c.CredentialFiles {
+		if !filepath.IsAbs(path) {
+			p.add(fmt.Sprintf("prefetch.credential_files[%d]", i), "%q is not an absolute path: start it with /", path)
+		}
+	}
+	if c.Slots < 1 || c.Slots > maxSlots {
+		p.add("prefetch.slots", "%d is out of range: choose 1 to %d", c.Slots, maxSlots)
+	}
+	p.rate("prefetch.bandwidth_limit", c.BandwidthLimit)
 }
 
 // Warnings returns what is allowed and probably not meant, each with its key.

@@ -35,21 +35,43 @@ func (c *Containerd) Fetch(ctx context.Context, ns, ref string) error {
 // PullCRI pulls an image through CRI's ImageService, as kubelet does, into the
 // namespace k8s.io.
 func (c *Containerd) PullCRI(ctx context.Context, ref string) error {
-	client := cri.NewImageServiceClient(c.conn)
-	ready, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
-	// CRI needs a moment after containerd serves.
-	err := Poll(ready, 100*time.Millisecond, func() error {
-		_, err := client.ImageFsInfo(ready, &cri.ImageFsInfoRequest{})
-		return err
-	})
+	client, err := c.images(ctx)
 	if err != nil {
-		return fmt.Errorf("CRI does not get ready: %w", err)
+		return err
 	}
 	if _, err := client.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}}); err != nil {
 		return fmt.Errorf("PullImage: %w", err)
 	}
 	return nil
+}
+
+// ImageCRI returns what CRI knows of an image, by any name of it; nil for nothing.
+func (c *Containerd) ImageCRI(ctx context.Context, name string) (*cri.Image, error) {
+	client, err := c.images(ctx)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: name}})
+	if err != nil {
+		return nil, fmt.Errorf("ImageStatus: %w", err)
+	}
+	return resp.Image, nil
+}
+
+// images returns CRI's ImageService once it is ready: it needs a moment after
+// containerd serves.
+func (c *Containerd) images(ctx context.Context) (cri.ImageServiceClient, error) {
+	client := cri.NewImageServiceClient(c.conn)
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	err := Poll(ctx, 100*time.Millisecond, func() error {
+		_, err := client.ImageFsInfo(ctx, &cri.ImageFsInfoRequest{})
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("CRI does not get ready: %w", err)
+	}
+	return client, nil
 }
 
 // RemoveCRI removes an image through CRI.

@@ -35,12 +35,13 @@ const (
 // them.
 var allowed = map[string][]string{
 	"cmd/imagewolf":     {"node", "cluster", "config"},
-	"node":              {"proxy", "plugin", "swarm", "tracker", "cluster", "api", "config"},
+	"node":              {"proxy", "plugin", "swarm", "tracker", "cluster", "prefetch", "api", "config"},
 	"proxy":             {"api", "config"},
 	"plugin":            {"api", "config"},
 	"swarm":             {"api", "config"},
 	"tracker":           {"api", "config"},
 	"cluster":           {"api", "config"},
+	"prefetch":          {"api", "config"},
 	"notifier":          {"api", "config"},
 	"api":               {},
 	"config":            {},
