@@ -16,22 +16,22 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// errPlatform says that an image is not made for a platform.
-type errPlatform struct {
+// platformError says that an image is not made for a platform.
+type platformError struct {
 	platform string
 	err      error
 }
 
-func (e errPlatform) Error() string {
+func (e platformError) Error() string {
 	return fmt.Sprintf("the image is not made for %s: %v", e.platform, e.err)
 }
-func (e errPlatform) Unwrap() error { return e.err }
+func (e platformError) Unwrap() error { return e.err }
 
 // forPlatform gives a platform's name to the error that there is none in an index.
 func forPlatform(err error, spec ocispec.Platform) error {
 	// containerd has no kind of its own for it.
 	if errdefs.IsNotFound(err) && strings.Contains(err.Error(), "no match for platform") {
-		return errPlatform{platforms.FormatAll(spec), err}
+		return platformError{platforms.FormatAll(spec), err}
 	}
 	return err
 }
@@ -40,7 +40,7 @@ func forPlatform(err error, spec ocispec.Platform) error {
 // what to do about it.
 func (j *job) explain(ctx context.Context, err error) error {
 	var status remoteerrors.ErrUnexpectedStatus
-	var platform errPlatform
+	var platform platformError
 	var reach *url.Error
 	refused := errors.Is(err, docker.ErrInvalidAuthorization)
 	if errors.As(err, &status) {

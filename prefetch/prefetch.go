@@ -30,6 +30,8 @@ const (
 	leaseFor = 24 * time.Hour
 	// undoFor bounds what is put in order after a pull has ended.
 	undoFor = 10 * time.Second
+	// dialFor is how long containerd's socket is tried: it is on this machine.
+	dialFor = 2 * time.Second
 )
 
 // Foreground tells what is being pulled on this node because somebody asked for
@@ -167,7 +169,7 @@ func (p *Puller) HasRepository(ctx context.Context, namespace, image string) (bo
 	if err != nil {
 		return false, fmt.Errorf("image %q: %w", image, err)
 	}
-	client, err := containerd.New(p.o.ContainerdSocket)
+	client, err := containerd.New(p.o.ContainerdSocket, containerd.WithTimeout(dialFor))
 	if err != nil {
 		return false, fmt.Errorf("containerd at %s: %w", p.o.ContainerdSocket, err)
 	}
@@ -194,7 +196,7 @@ type job struct {
 
 // connect makes the clients; nothing is sent yet.
 func (j *job) connect() error {
-	base, err := containerd.New(j.o.ContainerdSocket)
+	base, err := containerd.New(j.o.ContainerdSocket, containerd.WithTimeout(dialFor))
 	if err != nil {
 		return fmt.Errorf("containerd at %s: %w", j.o.ContainerdSocket, err)
 	}

@@ -79,8 +79,8 @@ func (k *Keychain) Lookup(ctx context.Context, host, repository string) (Credent
 	}
 	slices.SortStableFunc(found, func(a, b candidate) int {
 		return cmp.Or(
-			cmp.Compare(len(b.pattern.path), len(a.pattern.path)),
-			cmp.Compare(a.pattern.wildcards(), b.pattern.wildcards()),
+			cmp.Compare(len(b.path), len(a.path)),
+			cmp.Compare(a.wildcards(), b.wildcards()),
 			cmp.Compare(a.order, b.order),
 			cmp.Compare(b.helper, a.helper), // as Docker does, a helper before what is written down
 			cmp.Compare(a.key, b.key),       // so that the answer is always the same

@@ -1,0 +1,238 @@
+package credentials
+
+import (
+	"bytes"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// auth is an entry as 'docker login' writes it.
+func auth(user, secret string) string {
+	return fmt.Sprintf(`{"auth":%q}`, base64.StdEncoding.EncodeToString([]byte(user+":"+secret)))
+}
+
+// files writes each text into a file and returns their paths.
+func files(t *testing.T, texts ...string) []string {
+	t.Helper()
+	var out []string
+	for i, text := range texts {
+		path := filepath.Join(t.TempDir(), fmt.Sprintf("%d.json", i))
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, path)
+	}
+	return out
+}
+
+func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+func TestTheEntryThatIsMeant(t *testing.T) {
+	k := New(files(t,
+		`{"auths":{
+			"registry.example.com": `+auth("whole", "1")+`,
+			"registry.example.com/team": `+auth("team", "2")+`,
+			"https://registry.example.com/v2/team/app": `+auth("app", "3")+`,
+			"*.cloud.example.com": `+auth("any", "4")+`,
+			"eu.cloud.example.com": `+auth("eu", "5")+`,
+			"ported.example.com:5000": `+auth("ported", "6")+`,
+			"https://index.docker.io/v1/": `+auth("hub", "7")+`,
+			"token.example.com": {"auth":"`+base64.StdEncoding.EncodeToString([]byte("00000000-0000:"))+`","identitytoken":"refresh"},
+			"plain.example.com": {"username":"plain","password":"8"},
+			"[::1]:5000": `+auth("six", "9")+`,
+			"nothing.example.com": {}
+		}}`,
+		// as .dockercfg has it
+		`{"registry.example.com": `+auth("second", "10")+`, "old.example.com": `+auth("old", "11")+`, "registry.example.com/team/app/deep": `+auth("deep", "12")+`}`,
+		"", "no JSON", `{"auths":{"x":{"auth":"%%%"}}}`, `[1]`), discard())
+	for _, c := range []struct {
+		host, repository, user, secret string
+	}{
+		{"registry.example.com", "other", "whole", "1"},
+		{"registry.example.com", "team", "team", "2"},
+		{"registry.example.com", "team/x", "team", "2"},
+		{"registry.example.com", "team2/x", "whole", "1"},
+		{"registry.example.com", "team/app", "app", "3"},
+		{"registry.example.com", "team/app/deep/er", "deep", "12"},
+		{"us.cloud.example.com", "x", "any", "4"},
+		{"eu.cloud.example.com", "x", "eu", "5"},
+		{"a.b.cloud.example.com", "x", "", ""},
+		{"cloud.example.com", "x", "", ""},
+		{"ported.example.com:5000", "x", "ported", "6"},
+		{"ported.example.com", "x", "", ""},
+		{"registry.example.com:5000", "x", "", ""},
+		{"registry-1.docker.io", "library/x", "hub", "7"},
+		{"docker.io", "library/x", "hub", "7"},
+		{"token.example.com", "x", "", "refresh"},
+		{"plain.example.com", "x", "plain", "8"},
+		{"[::1]:5000", "x", "six", "9"},
+		{"[::2]:5000", "x", "", ""},
+		{"old.example.com", "x", "old", "11"},
+		{"nothing.example.com", "x", "", ""},
+		{"evil.com", "registry.example.com/team", "", ""},
+	} {
+		got, err := k.Lookup(t.Context(), c.host, c.repository)
+		if c.secret == "" {
+			if !errors.Is(err, ErrNone) {
+				t.Errorf("%s/%s: %v, %v", c.host, c.repository, got, err)
+			}
+			continue
+		}
+		if err != nil || got.Username != c.user || got.Secret != c.secret {
+			t.Errorf("%s/%s: user %q secret %q of %s, %v; want user %q", c.host, c.repository, got.Username, got.Secret, got, err, c.user)
+		}
+	}
+}
+
+// A file may come, change, be replaced as Kubernetes replaces a secret, break and
+// go while the node runs.
+func TestFilesAreReadAgainWhenTheyChange(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "config.json")
+	var log bytes.Buffer
+	k := New([]string{path}, slog.New(slog.NewTextHandler(&log, nil)))
+	user := func() string {
+		t.Helper()
+		c, err := k.Lookup(t.Context(), "r.example.com", "x")
+		if err != nil && !errors.Is(err, ErrNone) {
+			t.Fatal(err)
+		}
+		return c.Username
+	}
+	write := func(name, text string) string {
+		t.Helper()
+		p := filepath.Join(dir, name)
+		if err := os.WriteFile(p, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	if got := user(); got != "" {
+		t.Errorf("%q before there is a file", got)
+	}
+	if user(); strings.Count(log.String(), "level=WARN") != 1 {
+		t.Errorf("an absent file is told of not just once:\n%s", log.String())
+	}
+	write("config.json", `{"auths":{"r.example.com":`+auth("one", "s3cret")+`}}`)
+	if got := user(); got != "one" {
+		t.Errorf("%q once the file is there", got)
+	}
+	// The same size and inode: only the time tells. (An hour is as good as a moment.)
+	write("config.json", `{"auths":{"r.example.com":`+auth("two", "s3cret")+`}}`)
+	if err := os.Chtimes(path, time.Time{}, time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	if got := user(); got != "two" {
+		t.Errorf("%q after a change", got)
+	}
+	other := write("..data", `{"auths":{"r.example.com":`+auth("six", "s3cret")+`}}`)
+	if err := os.Rename(other, path); err != nil {
+		t.Fatal(err)
+	}
+	if got := user(); got != "six" {
+		t.Errorf("%q after it was replaced", got)
+	}
+	write("config.json", `{"auths":{"r.example.com":{"auth":"czNjcmV0"}}}`) // base64, without a colon
+	if got := user(); got != "" {
+		t.Errorf("%q of a broken file", got)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if got := user(); got != "" {
+		t.Errorf("%q of a file that is gone", got)
+	}
+	if strings.Contains(log.String(), "s3cret") || strings.Contains(log.String(), "czNjcmV0") {
+		t.Errorf("the log tells:\n%s", log.String())
+	}
+}
+
+// helper puts a credential helper of that name, a shell script, into PATH.
+func helper(t *testing.T, name, script string) {
+	t.Helper()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "docker-credential-"+name)
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+}
+
+func TestHelpers(t *testing.T) {
+	helper(t, "wolf", `
+[ "$1" = get ] || exit 2
+read -r server
+case $server in
+helped.example.com|https://index.docker.io/v1/) echo '{"Username":"of '$server'","Secret":"s"}' ;;
+token.example.com) echo '{"Username":"<token>","Secret":"refresh"}' ;;
+broken.example.com) echo 's3cret: the vault is closed'; exit 1 ;;
+*) echo 'credentials not found in native keychain'; exit 1 ;;
+esac`)
+	k := New(files(t, `{
+		"auths": {"helped.example.com": `+auth("written", "1")+`, "helped.example.com/team": `+auth("team", "2")+`, "fallback.example.com": `+auth("fallback", "3")+`},
+		"credHelpers": {"helped.example.com": "wolf", "fallback.example.com": "wolf", "broken.example.com": "wolf", "missing.example.com": "no-such", "bad.example.com": "../x"}
+	}`, `{"credsStore": "wolf"}`), discard())
+	for _, c := range []struct {
+		host, repository, user string
+		fails                  string
+	}{
+		{"helped.example.com", "x", "of helped.example.com", ""},
+		{"helped.example.com", "team/x", "team", ""},
+		{"fallback.example.com", "x", "fallback", ""},
+		{"registry-1.docker.io", "library/x", "of https://index.docker.io/v1/", ""},
+		{"token.example.com", "x", "", ""},
+		{"unknown.example.com", "x", "", ErrNone.Error()},
+		{"broken.example.com", "x", "", "docker-credential-wolf gives no credential for broken.example.com"},
+		{"missing.example.com", "x", "", "not found"},
+		{"bad.example.com", "x", "", "no name of a credential helper"},
+	} {
+		got, err := k.Lookup(t.Context(), c.host, c.repository)
+		if c.fails != "" {
+			if err == nil || !strings.Contains(err.Error(), c.fails) || strings.Contains(err.Error(), "s3cret") {
+				t.Errorf("%s: %v, want %q", c.host, err, c.fails)
+			}
+			continue
+		}
+		if err != nil || got.Username != c.user || got.Secret == "" {
+			t.Errorf("%s/%s: %q, %v", c.host, c.repository, got.Username, err)
+		}
+	}
+}
+
+// A credential does not get into a log or a message by accident.
+func TestCredentialsAreNotPrinted(t *testing.T) {
+	c := Credential{"wolf", "s3cret", "entry of a file"}
+	var log bytes.Buffer
+	slog.New(slog.NewTextHandler(&log, nil)).Info("it", "credential", c)
+	for _, text := range []string{log.String(), fmt.Sprintf("%v %+v %#v %s", c, c, c, &c), fmt.Sprint([]any{c})} {
+		if strings.Contains(text, "s3cret") || !strings.Contains(text, "entry of a file") {
+			t.Errorf("%q", text)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(`{"auths":{"registry.example.com/team":` + auth("a", "b") + `},"credHelpers":{"x":"y"},"credsStore":"z"}`))
+	f.Add([]byte(`{"registry.example.com":` + auth("a", "b") + `}`))
+	f.Add([]byte(`{"auths":null}`))
+	f.Add([]byte(`{"*.[a-":{"identitytoken":"x"}}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		s, err := parse(data)
+		if s == nil || err != nil && (len(s.entries) > 0 || s.store != "") {
+			t.Fatalf("%v beside %v", s, err)
+		}
+		for _, e := range s.entries {
+			e.matches("registry.example.com:5000", "team/app")
+			if e.helper == "" && e.secret == "" {
+				t.Fatalf("an entry without a secret: %q", e.key)
+			}
+		}
+	})
+}
