@@ -34,7 +34,7 @@ const (
 // api, config. The middle's packages do not know each other: node connects
 // them.
 var allowed = map[string][]string{
-	"cmd/imagewolf":     {"node", "cluster", "config"},
+	"cmd/imagewolf":     {"node", "cluster", "config", "api"}, // api: the command line asks nodes, through api/nodeapi
 	"node":              {"proxy", "plugin", "swarm", "tracker", "cluster", "prefetch", "api", "config"},
 	"proxy":             {"api", "config"},
 	"plugin":            {"api", "config"},
