@@ -180,6 +180,14 @@ func (c *Cluster) Members() []Member {
 	return slices.Clone(c.sorted)
 }
 
+// Member returns the live node of that name, and whether there is one.
+func (c *Cluster) Member(name string) (Member, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	m, ok := c.members[name]
+	return m, ok
+}
+
 // Changed returns a channel that is closed when Members changes next. To miss
 // nothing, call it before looking.
 func (c *Cluster) Changed() <-chan struct{} {

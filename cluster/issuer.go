@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/pem"
 	"fmt"
 	"math/big"
 	"time"
@@ -97,6 +98,28 @@ func newIssuer(seed []byte, name string, own *ecdsa.PrivateKey) (*issuer, error)
 		return nil, err
 	}
 	return i, nil
+}
+
+// AuthorityPEM returns the certificate of the CA that follows from a cluster key,
+// by which nodes are known. It is no secret. The error is a mistake in the key.
+func AuthorityPEM(key string) ([]byte, error) {
+	root, err := ParseKey(key)
+	if err != nil {
+		return nil, err
+	}
+	seed, err := derive(root, "ca", 32)
+	if err != nil {
+		return nil, err
+	}
+	own, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("cluster CA: %w", err)
+	}
+	i, err := newIssuer(seed, "nobody", own)
+	if err != nil {
+		return nil, err
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: i.ca.Raw}), nil
 }
 
 // issue makes a certificate of this node that is valid until then.

@@ -62,6 +62,21 @@ func (id *Identity) ServerTLS(protos ...string) *tls.Config {
 	}
 }
 
+// OpenTLS shows this node's certificate to everyone: TLS 1.3, and no certificate
+// is asked of the client, who must prove itself by other means. It is looked up
+// anew for every connection.
+func (id *Identity) OpenTLS() *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13,
+		NextProtos: []string{ProtoGRPC},
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			leaf, _ := id.creds.current(0)
+			return leaf, nil
+		},
+		SessionTicketsDisabled: true,
+	}
+}
+
 // knocked says by which of the secrets a client names the cluster, -1 for none.
 func (id *Identity) knocked(name string) int {
 	found := -1

@@ -7,7 +7,9 @@ package config
 
 import (
 	"fmt"
+	"io/fs"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -33,6 +35,7 @@ type Config struct {
 	Tracker          Tracker  `toml:"tracker" comment:"When a node waits for the others, and when it goes to the registry. The defaults suit\nclusters of any size; longer times ask the registry for less, shorter ones wait less."`
 	Prefetch         Prefetch `toml:"prefetch" comment:"Images that this node pulls before anyone asks for them, through its own containerd."`
 	Metrics          Metrics  `toml:"metrics" comment:"What the node counts, for Prometheus."`
+	NodeAPI          NodeAPI  `toml:"node_api" comment:"Where the node is asked to prefetch images: by 'imagewolf prefetch', by CI, by the notifier."`
 }
 
 // Cluster says who the other nodes are and how they recognise each other.
@@ -84,6 +87,24 @@ type Metrics struct {
 	Address string `toml:"address" comment:"Where GET /metrics is answered, in plain HTTP and to everyone who can reach it: host:port, such as\n\"127.0.0.1:7948\". Empty: nowhere."`
 }
 
+// NodeAPI says where requests to prefetch come in.
+type NodeAPI struct {
+	Socket      string `toml:"socket" comment:"Unix socket of the Node API. Absolute path, at most 107 bytes. Empty: none."`
+	SocketMode  string `toml:"socket_mode" comment:"Mode of the socket's file: whoever can write to it can have images pulled on every node.\nThree octal digits with a zero before them, such as \"0660\"."`
+	SocketGroup string `toml:"socket_group" comment:"Group of the socket's file, by name or number. Empty: the daemon's own."`
+	Address     string `toml:"address" comment:"Where the Node API is served on the network as well, over TLS 1.3 with the node's certificate and\nto those only that have the token: host:port, such as \"0.0.0.0:7949\". Empty: nowhere."`
+	TokenFile   string `toml:"token_file" comment:"File with the token for address, at least 16 bytes ('openssl rand -hex 32' makes one). Read again\nwhen it changes. Not readable by other users."`
+}
+
+// Mode returns SocketMode as a number.
+func (a NodeAPI) Mode() (fs.FileMode, error) {
+	if !socketMode.MatchString(a.SocketMode) {
+		return 0, fmt.Errorf("%q is no mode of a socket: write three octal digits with a zero before them, of which the first is 6, such as \"0660\"", a.SocketMode)
+	}
+	mode, err := strconv.ParseUint(a.SocketMode, 8, 32)
+	return fs.FileMode(mode), err
+}
+
 // Default returns the settings that hold where nothing else is said. This is
 // the only place that knows them.
 func Default() Config {
@@ -113,6 +134,7 @@ func Default() Config {
 		Prefetch: Prefetch{
 			Namespace: "k8s.io", CertsDir: "/etc/containerd/certs.d", CredentialFiles: []string{}, Slots: 2,
 		},
+		NodeAPI: NodeAPI{Socket: "/run/imagewolf/node.sock", SocketMode: "0600"},
 	}
 }
 

@@ -29,6 +29,7 @@ var (
 	nodeName   = regexp.MustCompile(`^[A-Za-z0-9._-]{1,253}$`)
 	labelKey   = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$`)
 	nsName     = regexp.MustCompile(`^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$`) // as containerd has it
+	socketMode = regexp.MustCompile(`^06[0-7]{2}$`)
 	labelValue = regexp.MustCompile(`^[A-Za-z0-9._/:-]{0,63}$`)
 )
 
@@ -68,6 +69,7 @@ func (c Config) Validate() error {
 	}
 	p.prefetch(c.Prefetch)
 	p.metrics(c)
+	p.nodeAPI(c)
 	return errors.Join(p...)
 }
 
@@ -105,6 +107,36 @@ func (p *problems) prefetch(c Prefetch) {
 	p.rate("prefetch.bandwidth_limit", c.BandwidthLimit)
 }
 
+func (p *problems) nodeAPI(c Config) {
+	a := c.NodeAPI
+	if a.Socket != "" {
+		switch {
+		case !filepath.IsAbs(a.Socket):
+			p.add("node_api.socket", "%q is not an absolute path: start it with /", a.Socket)
+		case len(a.Socket) > maxSocketPath:
+			p.add("node_api.socket", "%d bytes are too many for a unix socket: choose a path of at most %d", len(a.Socket), maxSocketPath)
+		case filepath.Clean(a.Socket) == filepath.Clean(c.Socket), filepath.Clean(a.Socket) == filepath.Clean(c.ContainerdSocket):
+			p.add("node_api.socket", "is the same as socket or containerd_socket: the Node API needs one of its own")
+		}
+	}
+	if _, err := a.Mode(); err != nil {
+		p.add("node_api.socket_mode", "%w", err)
+	}
+	if a.TokenFile != "" {
+		p.file("node_api.token_file", a.TokenFile, true)
+	}
+	if a.Address == "" {
+		return
+	}
+	p.listen("node_api.address", a.Address)
+	if a.TokenFile == "" {
+		p.add("node_api.address", "given without node_api.token_file: anyone on the network could have images pulled; make a token with 'openssl rand -hex 32'")
+	}
+	if slices.Contains([]string{c.Cluster.GossipAddress, c.Cluster.DataAddress, c.Metrics.Address}, a.Address) && !strings.HasSuffix(a.Address, ":0") {
+		p.add("node_api.address", "is the same as cluster.gossip_address, cluster.data_address or metrics.address: give it a port of its own")
+	}
+}
+
 // Warnings returns what is allowed and probably not meant, each with its key.
 func (c Config) Warnings() []string {
 	var out []string
@@ -114,6 +146,9 @@ func (c Config) Warnings() []string {
 	}
 	if c.Cluster.Insecure {
 		out = append(out, "cluster.insecure: anyone on the network can join this cluster, read its images and send it data")
+	}
+	if mode, err := c.NodeAPI.Mode(); err == nil && mode&0o002 != 0 {
+		out = append(out, "node_api.socket_mode: every user of this machine can have images pulled on every node")
 	}
 	if len(c.Cluster.Join) == 0 {
 		out = append(out, "cluster.join: empty: unless another node joins this one it is alone and pulls everything from the registry")

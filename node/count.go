@@ -12,17 +12,20 @@ const (
 	partRegistrar  = "registrar"
 	partGRPC       = "grpc"
 	partMembership = "membership"
-	partCluster    = "cluster" // what builds and ends those above
-	partSeed       = "seed"    // the session of a blob that is whole
-	partFill       = "fill"    // the session of one that is not
-	partOffer      = "offer"   // hashing, for a session
-	partProxy      = "proxy"   // one call of containerd
-	partDiffer     = "differ"  // unpacking one layer
+	partCluster    = "cluster"  // what builds and ends those above
+	partSeed       = "seed"     // the session of a blob that is whole
+	partFill       = "fill"     // the session of one that is not
+	partOffer      = "offer"    // hashing, for a session
+	partProxy      = "proxy"    // one call of containerd
+	partDiffer     = "differ"   // unpacking one layer
+	partPrefetch   = "prefetch" // what is to be pulled before anyone asks
+	partNodeAPI    = "node API" // one call of it
 )
 
 var parts = []string{
 	partDataPort, partGossip, partSwarm, partTracker, partRegistrar, partGRPC, partMembership,
 	partCluster, partSeed, partFill, partOffer, partProxy, partDiffer,
+	partPrefetch, partNodeAPI,
 }
 
 // newMetrics returns the node's metrics. What they tell of the cluster's side is
@@ -37,9 +40,11 @@ func (n *Node) newMetrics() *metrics.Metrics {
 		}
 	}
 	return metrics.New(metrics.Now{
-		Members:        ask(func(st *stack) int { return len(st.cluster.Members()) }),
-		TrackerBlobs:   ask(func(st *stack) int { blobs, _ := st.server.Load(); return blobs }),
-		TrackerMembers: ask(func(st *stack) int { _, members := st.server.Load(); return members }),
+		Members:         ask(func(st *stack) int { return len(st.cluster.Members()) }),
+		TrackerBlobs:    ask(func(st *stack) int { blobs, _ := st.server.Load(); return blobs }),
+		TrackerMembers:  ask(func(st *stack) int { _, members := st.server.Load(); return members }),
+		PrefetchQueued:  func() int { queued, _ := n.fanout.Load(); return queued },
+		PrefetchPulling: func() int { _, pulling := n.fanout.Load(); return pulling },
 	}, parts...)
 }
 

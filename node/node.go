@@ -24,11 +24,13 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/imagewolf/imagewolf/api/nodeapi"
 	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/node/metrics"
 	"github.com/imagewolf/imagewolf/plugin/differ"
 	"github.com/imagewolf/imagewolf/plugin/store"
+	"github.com/imagewolf/imagewolf/prefetch/fanout"
 	"github.com/imagewolf/imagewolf/proxy"
 )
 
@@ -46,6 +48,8 @@ type Node struct {
 	meter    meter
 	inflow   *inflow
 	store    *store.Store // set by Run before anything else starts
+	engine   engine       // set by Run, as store is
+	fanout   *fanout.Fanout
 
 	mu       sync.Mutex
 	stack    *stack                   // guarded by mu; nil while the cluster's side is down
@@ -84,6 +88,12 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 		held: map[digest.Digest]int64{}, sessions: map[digest.Digest]*entry{},
 	}
 	n.metrics = n.newMetrics()
+	n.fanout = n.newFanout()
+	if f := cfg.NodeAPI.TokenFile; f != "" {
+		if _, err := nodeapi.ReadToken(f); err != nil {
+			return nil, err
+		}
+	}
 	return n, nil
 }
 
@@ -105,6 +115,9 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		return errors.Join(err, l.Close())
 	}
 	defer func() { err = errors.Join(err, n.store.Close()) }()
+	if n.engine == nil { // a test's own
+		n.engine = n.newEngine()
+	}
 	srv := proxy.New(proxy.Options{
 		Store: n.store, Log: n.log, Panicked: n.counts(partProxy),
 		Applier: differ.New(differ.Options{
@@ -123,6 +136,16 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	g.Go(func() error { return n.store.Run(ctx) })
 	g.Go(func() error { n.runStack(inCluster); return nil })
 	g.Go(func() error { n.watch(ctx); return nil })
+	g.Go(func() error { n.runPrefetch(ctx); return nil }) // what it pulls goes on when the node is back
+	if n.cfg.NodeAPI.Socket != "" {
+		g.Go(func() error { n.runAPI(ctx, "node_api.socket", n.listenSocket); return nil })
+	}
+	if n.cfg.NodeAPI.Address != "" {
+		g.Go(func() error {
+			n.runAPI(ctx, "node_api.address", n.listenNetwork, n.networkOptions()...)
+			return nil
+		})
+	}
 	if a := n.cfg.Metrics.Address; a != "" {
 		g.Go(func() error { n.metrics.Serve(ctx, a, n.log); return nil })
 	}

@@ -106,6 +106,7 @@ func testConfig(t *testing.T, name, key, join string) config.Config {
 	cfg.Root = filepath.Join(dir, "content")
 	cfg.Socket = filepath.Join(dir, "s")
 	cfg.ContainerdSocket = ""
+	cfg.NodeAPI.Socket = filepath.Join(dir, "n")
 	// Many nodes share few processors here, so that nobody answers in time.
 	cfg.Tracker.DecideTimeout = config.Duration(10 * time.Second)
 	cfg.Tracker.StallTimeout = config.Duration(5 * time.Second)
@@ -119,11 +120,14 @@ func testConfig(t *testing.T, name, key, join string) config.Config {
 	return cfg
 }
 
-func startNode(t *testing.T, cfg config.Config) *testNode {
+func startNode(t *testing.T, cfg config.Config, change ...func(*Node)) *testNode {
 	t.Helper()
 	n, err := New(cfg, testLog(t).With("node", cfg.Cluster.Name))
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, f := range change {
+		f(n)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
+	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/swarm"
 	"github.com/imagewolf/imagewolf/tracker"
@@ -46,11 +47,14 @@ type stack struct {
 	server    *tracker.Server
 	tracker   *tracker.Client
 	registrar *tracker.Registrar
-	seeds     sync.WaitGroup  // sessions that serve started
-	crashed   chan error      // has room for one: a panic that ends run
-	company   chan struct{}   // closed when members have been found, or nobody is to be waited for
-	ctx       context.Context // ends with run; for the sessions, which belong to the store
-	cancel    context.CancelFunc
+
+	prefetchers *prefetchers
+
+	seeds   sync.WaitGroup  // sessions that serve started
+	crashed chan error      // has room for one: a panic that ends run
+	company chan struct{}   // closed when members have been found, or nobody is to be waited for
+	ctx     context.Context // ends with run; for the sessions, which belong to the store
+	cancel  context.CancelFunc
 }
 
 // newStack builds the cluster's side on the data port's listener. It starts
@@ -68,6 +72,7 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 		return nil, err
 	}
 	st.cluster = c
+	st.prefetchers = newPrefetchers(c, c.GRPCDialOptions())
 	st.port = cluster.NewDataPort(l, n.identity, c, n.log)
 	st.port.Contain(st.contain(partDataPort))
 	st.swarm = swarm.New(swarm.Options{
@@ -120,9 +125,11 @@ func (st *stack) run(ctx context.Context) error {
 		grpc.Creds(st.node.identity.ServerCredentials()),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout}),
 		grpc.StreamInterceptor(st.containCall),
+		grpc.UnaryInterceptor(st.node.containUnary(partGRPC)),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingEvery / 2, PermitWithoutStream: true}),
 	)
 	st.server.Register(srv)
+	imagewolfv1.RegisterPrefetcherServer(srv, st.node.fanout.Prefetcher())
 	part := func(name string, run func(ctx context.Context) error) {
 		g.Go(func() error { return named(name, st.node.guard(name, func() error { return run(ctx) })) })
 	}
@@ -153,7 +160,7 @@ func (st *stack) run(ctx context.Context) error {
 		srv.Stop()
 		return nil
 	})
-	return errors.Join(g.Wait(), st.tracker.Close())
+	return errors.Join(g.Wait(), st.tracker.Close(), st.prefetchers.close())
 }
 
 // contain returns what runs a goroutine of a part for one peer: its panic is

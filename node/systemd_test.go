@@ -27,7 +27,7 @@ func TestSystemdIsTold(t *testing.T) {
 	t.Setenv("WATCHDOG_USEC", "400000")
 	t.Setenv("WATCHDOG_PID", strconv.Itoa(os.Getpid()))
 	cfg := config.Default()
-	cfg.Root, cfg.Socket = filepath.Join(dir, "content"), filepath.Join(dir, "s")
+	cfg.Root, cfg.Socket, cfg.NodeAPI.Socket = filepath.Join(dir, "content"), filepath.Join(dir, "s"), filepath.Join(dir, "n")
 	cfg.Cluster.Insecure, cfg.Cluster.Name = true, "n"
 	cfg.Cluster.GossipAddress, cfg.Cluster.DataAddress = "127.0.0.1:0", "127.0.0.1:0"
 	n, err := New(cfg, slog.New(slog.DiscardHandler))

@@ -31,6 +31,11 @@ func Listen(path string) (net.Listener, error) {
 	if l != nil || err != nil {
 		return l, err
 	}
+	return Bind(path)
+}
+
+// Bind makes the unix socket at path as Listen does where systemd passed none.
+func Bind(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("make directory of socket: %w", err)
 	}
@@ -46,7 +51,7 @@ func Listen(path string) (net.Listener, error) {
 		}
 		return err
 	}}
-	l, err = lc.Listen(context.Background(), "unix", path)
+	l, err := lc.Listen(context.Background(), "unix", path)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}

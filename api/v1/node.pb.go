@@ -277,11 +277,12 @@ type NodePrefetch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	State         PrefetchState          `protobuf:"varint,2,opt,name=state,proto3,enum=imagewolf.v1.PrefetchState" json:"state,omitempty"`
-	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`  // that are here
-	Total         int64                  `protobuf:"varint,4,opt,name=total,proto3" json:"total,omitempty"`  // of the image on this node's platform, as far as is known
-	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"` // why it failed, or why it waits
-	Digest        string                 `protobuf:"bytes,6,opt,name=digest,proto3" json:"digest,omitempty"` // that was pulled
-	Ended         int64                  `protobuf:"varint,7,opt,name=ended,proto3" json:"ended,omitempty"`  // milliseconds since 1970; 0: it has not
+	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`                       // that are here
+	Total         int64                  `protobuf:"varint,4,opt,name=total,proto3" json:"total,omitempty"`                       // of the image on this node's platform, as far as is known
+	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`                      // why it failed, or why it waits
+	Digest        string                 `protobuf:"bytes,6,opt,name=digest,proto3" json:"digest,omitempty"`                      // that was pulled
+	Ended         int64                  `protobuf:"varint,7,opt,name=ended,proto3" json:"ended,omitempty"`                       // milliseconds since 1970; 0: it has not
+	TimedOut      bool                   `protobuf:"varint,8,opt,name=timed_out,json=timedOut,proto3" json:"timed_out,omitempty"` // FAILED because the request's time was up
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -365,11 +366,19 @@ func (x *NodePrefetch) GetEnded() int64 {
 	return 0
 }
 
+func (x *NodePrefetch) GetTimedOut() bool {
+	if x != nil {
+		return x.TimedOut
+	}
+	return false
+}
+
 type PrefetchStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Request       *PrefetchRequest       `protobuf:"bytes,1,opt,name=request,proto3" json:"request,omitempty"`
 	Created       int64                  `protobuf:"varint,2,opt,name=created,proto3" json:"created,omitempty"` // milliseconds since 1970
 	Nodes         []*NodePrefetch        `protobuf:"bytes,3,rep,name=nodes,proto3" json:"nodes,omitempty"`      // one for each selected node, by name
+	Canceled      bool                   `protobuf:"varint,4,opt,name=canceled,proto3" json:"canceled,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -425,6 +434,13 @@ func (x *PrefetchStatus) GetNodes() []*NodePrefetch {
 	return nil
 }
 
+func (x *PrefetchStatus) GetCanceled() bool {
+	if x != nil {
+		return x.Canceled
+	}
+	return false
+}
+
 type GetPrefetchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -471,6 +487,7 @@ func (x *GetPrefetchRequest) GetId() string {
 
 type ListPrefetchesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Limit         uint32                 `protobuf:"varint,1,opt,name=limit,proto3" json:"limit,omitempty"` // most that are returned; 0: 100; at most 1000
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -503,6 +520,13 @@ func (x *ListPrefetchesRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use ListPrefetchesRequest.ProtoReflect.Descriptor instead.
 func (*ListPrefetchesRequest) Descriptor() ([]byte, []int) {
 	return file_api_v1_node_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ListPrefetchesRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
 }
 
 type ListPrefetchesResponse struct {
@@ -692,8 +716,11 @@ func (x *OfferResponse) GetHasRepository() bool {
 type StartRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Request       *PrefetchRequest       `protobuf:"bytes,1,opt,name=request,proto3" json:"request,omitempty"`
-	Created       int64                  `protobuf:"varint,2,opt,name=created,proto3" json:"created,omitempty"` // milliseconds since 1970
-	Nodes         []string               `protobuf:"bytes,3,rep,name=nodes,proto3" json:"nodes,omitempty"`      // all that were selected, so that each of them can tell
+	Created       int64                  `protobuf:"varint,2,opt,name=created,proto3" json:"created,omitempty"`        // milliseconds since 1970
+	Nodes         []string               `protobuf:"bytes,3,rep,name=nodes,proto3" json:"nodes,omitempty"`             // all that were selected, so that each of them can tell
+	Coordinator   string                 `protobuf:"bytes,4,opt,name=coordinator,proto3" json:"coordinator,omitempty"` // node that took the request: it tells those that it does not reach at first
+	Age           int64                  `protobuf:"varint,5,opt,name=age,proto3" json:"age,omitempty"`                // milliseconds since created, so that nobody needs another's clock
+	Canceled      bool                   `protobuf:"varint,6,opt,name=canceled,proto3" json:"canceled,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -749,9 +776,31 @@ func (x *StartRequest) GetNodes() []string {
 	return nil
 }
 
+func (x *StartRequest) GetCoordinator() string {
+	if x != nil {
+		return x.Coordinator
+	}
+	return ""
+}
+
+func (x *StartRequest) GetAge() int64 {
+	if x != nil {
+		return x.Age
+	}
+	return 0
+}
+
+func (x *StartRequest) GetCanceled() bool {
+	if x != nil {
+		return x.Canceled
+	}
+	return false
+}
+
 type ReportRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // empty: all of the last day
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`        // empty: all of the last day, each without its nodes
+	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"` // of all: the newest; 0: 100; at most 1000
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -793,10 +842,17 @@ func (x *ReportRequest) GetId() string {
 	return ""
 }
 
+func (x *ReportRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
 type ReportResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Requests      []*StartRequest        `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"`
-	States        []*NodePrefetch        `protobuf:"bytes,2,rep,name=states,proto3" json:"states,omitempty"` // one for each of requests; none where this node is not selected
+	States        []*NodePrefetch        `protobuf:"bytes,2,rep,name=states,proto3" json:"states,omitempty"` // one for each of requests; without a state where this node is not selected
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -866,7 +922,7 @@ const file_api_v1_node_proto_rawDesc = "" +
 	"\x06labels\x18\x01 \x01(\tR\x06labels\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\rR\x05count\x12\x18\n" +
 	"\apercent\x18\x03 \x01(\rR\apercent\x12-\n" +
-	"\x12running_repository\x18\x04 \x01(\bR\x11runningRepository\"\xc7\x01\n" +
+	"\x12running_repository\x18\x04 \x01(\bR\x11runningRepository\"\xe4\x01\n" +
 	"\fNodePrefetch\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x121\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x1b.imagewolf.v1.PrefetchStateR\x05state\x12\x14\n" +
@@ -874,14 +930,17 @@ const file_api_v1_node_proto_rawDesc = "" +
 	"\x05total\x18\x04 \x01(\x03R\x05total\x12\x16\n" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x16\n" +
 	"\x06digest\x18\x06 \x01(\tR\x06digest\x12\x14\n" +
-	"\x05ended\x18\a \x01(\x03R\x05ended\"\x95\x01\n" +
+	"\x05ended\x18\a \x01(\x03R\x05ended\x12\x1b\n" +
+	"\ttimed_out\x18\b \x01(\bR\btimedOut\"\xb1\x01\n" +
 	"\x0ePrefetchStatus\x127\n" +
 	"\arequest\x18\x01 \x01(\v2\x1d.imagewolf.v1.PrefetchRequestR\arequest\x12\x18\n" +
 	"\acreated\x18\x02 \x01(\x03R\acreated\x120\n" +
-	"\x05nodes\x18\x03 \x03(\v2\x1a.imagewolf.v1.NodePrefetchR\x05nodes\"$\n" +
+	"\x05nodes\x18\x03 \x03(\v2\x1a.imagewolf.v1.NodePrefetchR\x05nodes\x12\x1a\n" +
+	"\bcanceled\x18\x04 \x01(\bR\bcanceled\"$\n" +
 	"\x12GetPrefetchRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\x17\n" +
-	"\x15ListPrefetchesRequest\"V\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"-\n" +
+	"\x15ListPrefetchesRequest\x12\x14\n" +
+	"\x05limit\x18\x01 \x01(\rR\x05limit\"V\n" +
 	"\x16ListPrefetchesResponse\x12<\n" +
 	"\n" +
 	"prefetches\x18\x01 \x03(\v2\x1c.imagewolf.v1.PrefetchStatusR\n" +
@@ -892,13 +951,17 @@ const file_api_v1_node_proto_rawDesc = "" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\"6\n" +
 	"\rOfferResponse\x12%\n" +
-	"\x0ehas_repository\x18\x01 \x01(\bR\rhasRepository\"w\n" +
+	"\x0ehas_repository\x18\x01 \x01(\bR\rhasRepository\"\xc7\x01\n" +
 	"\fStartRequest\x127\n" +
 	"\arequest\x18\x01 \x01(\v2\x1d.imagewolf.v1.PrefetchRequestR\arequest\x12\x18\n" +
 	"\acreated\x18\x02 \x01(\x03R\acreated\x12\x14\n" +
-	"\x05nodes\x18\x03 \x03(\tR\x05nodes\"\x1f\n" +
+	"\x05nodes\x18\x03 \x03(\tR\x05nodes\x12 \n" +
+	"\vcoordinator\x18\x04 \x01(\tR\vcoordinator\x12\x10\n" +
+	"\x03age\x18\x05 \x01(\x03R\x03age\x12\x1a\n" +
+	"\bcanceled\x18\x06 \x01(\bR\bcanceled\"5\n" +
 	"\rReportRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"|\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\"|\n" +
 	"\x0eReportResponse\x126\n" +
 	"\brequests\x18\x01 \x03(\v2\x1a.imagewolf.v1.StartRequestR\brequests\x122\n" +
 	"\x06states\x18\x02 \x03(\v2\x1a.imagewolf.v1.NodePrefetchR\x06states*\xd7\x01\n" +

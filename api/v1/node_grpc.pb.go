@@ -39,7 +39,8 @@ const (
 type NodeClient interface {
 	// Prefetch accepts a request, selects the nodes and returns without waiting
 	// for a pull. A request whose id is known changes nothing and returns its
-	// status, so that a caller can repeat one whose answer it missed.
+	// status, so that a caller can repeat one whose answer it missed. One that
+	// selects no node is none's to do: its status has no nodes.
 	Prefetch(ctx context.Context, in *PrefetchRequest, opts ...grpc.CallOption) (*PrefetchStatus, error)
 	// GetPrefetch returns what became of a request so far; NOT_FOUND when no
 	// node that answers knows it.
@@ -47,7 +48,8 @@ type NodeClient interface {
 	// WatchPrefetch sends the status at once and then as it changes, at most a few
 	// times a second, until no node has anything left to do.
 	WatchPrefetch(ctx context.Context, in *GetPrefetchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PrefetchStatus], error)
-	// ListPrefetches returns the requests of the last day, the newest first.
+	// ListPrefetches returns the requests of the last day, the newest first, the
+	// most recent of them where there are more than asked for.
 	ListPrefetches(ctx context.Context, in *ListPrefetchesRequest, opts ...grpc.CallOption) (*ListPrefetchesResponse, error)
 	// CancelPrefetch ends what has not ended yet. What is pulled stays.
 	CancelPrefetch(ctx context.Context, in *CancelPrefetchRequest, opts ...grpc.CallOption) (*PrefetchStatus, error)
@@ -130,7 +132,8 @@ func (c *nodeClient) CancelPrefetch(ctx context.Context, in *CancelPrefetchReque
 type NodeServer interface {
 	// Prefetch accepts a request, selects the nodes and returns without waiting
 	// for a pull. A request whose id is known changes nothing and returns its
-	// status, so that a caller can repeat one whose answer it missed.
+	// status, so that a caller can repeat one whose answer it missed. One that
+	// selects no node is none's to do: its status has no nodes.
 	Prefetch(context.Context, *PrefetchRequest) (*PrefetchStatus, error)
 	// GetPrefetch returns what became of a request so far; NOT_FOUND when no
 	// node that answers knows it.
@@ -138,7 +141,8 @@ type NodeServer interface {
 	// WatchPrefetch sends the status at once and then as it changes, at most a few
 	// times a second, until no node has anything left to do.
 	WatchPrefetch(*GetPrefetchRequest, grpc.ServerStreamingServer[PrefetchStatus]) error
-	// ListPrefetches returns the requests of the last day, the newest first.
+	// ListPrefetches returns the requests of the last day, the newest first, the
+	// most recent of them where there are more than asked for.
 	ListPrefetches(context.Context, *ListPrefetchesRequest) (*ListPrefetchesResponse, error)
 	// CancelPrefetch ends what has not ended yet. What is pulled stays.
 	CancelPrefetch(context.Context, *CancelPrefetchRequest) (*PrefetchStatus, error)

@@ -18,6 +18,6 @@ func main() {
 	stop()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "imagewolf: %v\n", err)
-		os.Exit(1)
+		os.Exit(command.ExitStatus(err))
 	}
 }

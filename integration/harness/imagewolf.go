@@ -35,6 +35,7 @@ type ImageWolf struct {
 	name       string
 	content    string // containerd's content directory
 	containerd string // containerd's socket
+	certs      string // containerd's registry configuration
 	key        string
 	accepted   []string // keys beside it
 	join       []string
@@ -68,7 +69,7 @@ func newImageWolf(e *Env, name, dir, key string, c *Containerd) (*ImageWolf, err
 	}
 	return &ImageWolf{
 		Dir: dir, Gossip: gossip, Data: data, Metrics: metrics, Settings: settings,
-		env: e, on: c.on, name: name, content: c.ContentDir(), containerd: c.Socket(), key: key,
+		env: e, on: c.on, name: name, content: c.ContentDir(), containerd: c.Socket(), certs: c.hostsDir(), key: key,
 	}, nil
 }
 
@@ -114,6 +115,9 @@ func freeOn(host string) (gossip, data, metrics string, err error) {
 // Socket is the path of the socket that containerd connects to.
 func (w *ImageWolf) Socket() string { return filepath.Join(w.Dir, "w.sock") }
 
+// NodeSocket is the path of the socket of its Node API.
+func (w *ImageWolf) NodeSocket() string { return filepath.Join(w.Dir, "n.sock") }
+
 // Log is the path of its log.
 func (w *ImageWolf) Log() string { return filepath.Join(w.Dir, "imagewolf.log") }
 
@@ -156,7 +160,8 @@ cluster_key = %q
 accepted_cluster_keys = %s
 %s
 `, w.content, w.Socket(), w.containerd, firstOf(os.Getenv("IMAGEWOLF_TEST_LOG_LEVEL"), "info"), w.Settings[""], w.name, w.Gossip, w.Data, host, quoted(w.join), w.key, quoted(w.accepted), w.Settings["cluster"])
-	text += fmt.Sprintf("[metrics]\naddress = %q\n", w.Metrics)
+	text += fmt.Sprintf("[metrics]\naddress = %q\n[node_api]\nsocket = %q\n%s\n", w.Metrics, w.NodeSocket(), w.Settings["node_api"])
+	text += fmt.Sprintf("[prefetch]\ncerts_dir = %q\n%s\n", w.certs, w.Settings["prefetch"])
 	for _, table := range []string{"swarm", "tracker"} {
 		if s := w.Settings[table]; s != "" {
 			text += fmt.Sprintf("[%s]\n%s\n", table, s)

@@ -49,6 +49,9 @@ type Now struct {
 	Members        func() int // live nodes that this one knows, itself included
 	TrackerBlobs   func() int // blobs that this node tracks
 	TrackerMembers func() int // their members, one for each blob that it joined
+
+	PrefetchQueued  func() int // requests to prefetch that wait on this node
+	PrefetchPulling func() int // those that it pulls
 }
 
 // Metrics is what one node counts, from New on. Safe for concurrent use.
@@ -59,6 +62,7 @@ type Metrics struct {
 	swarm     Swarm
 	tracker   Tracker
 	store     Store
+	prefetch  Prefetch
 }
 
 // New returns metrics that are all zero, those of each part that is named, of
@@ -90,6 +94,16 @@ func New(now Now, parts ...string) *Metrics {
 		failed:     m.counter("blobs_failed_total", "Times that the bytes of an unfinished blob could not be kept, as on a full disk, or were wrong and their client's pull failed."),
 		mismatched: m.counter("digest_mismatches_total", "Times that all bytes of a blob were here and did not have its digest; they were thrown away."),
 	}
+	m.prefetch = Prefetch{
+		requested: m.counter("prefetch_requests_total", "Requests to prefetch an image that this node has taken, for whichever nodes."),
+		retried:   m.counter("prefetch_retries_total", "Pulls for a request on this node that failed and are tried again."),
+		bytes:     m.counter("prefetch_bytes_total", "Bytes of the images that this node has prefetched, wherever they came from and whether they were here before or not."),
+		refused:   m.counter("node_api_refused_total", "Calls of the Node API on the network that did not have its token."),
+		ended: m.counters("prefetch_ended_total", "result", "Requests that have ended on this node.",
+			"done", "failed", "canceled"),
+	}
+	m.gauge("prefetch_queued", "Requests to prefetch an image that wait on this node.", now.PrefetchQueued)
+	m.gauge("prefetch_pulling", "Requests to prefetch an image that this node is pulling for.", now.PrefetchPulling)
 	m.gauge("members", "Live nodes of the cluster that this node knows, itself included.", now.Members)
 	m.gauge("tracker_blobs", "Blobs that have members or seeders and that this node tracks.", now.TrackerBlobs)
 	m.gauge("tracker_members", "Members of the blobs that this node tracks; a node counts once for every blob.", now.TrackerMembers)
@@ -136,6 +150,30 @@ func (m *Metrics) Tracker() Tracker { return m.tracker }
 
 // Store returns what package plugin/store counts with.
 func (m *Metrics) Store() Store { return m.store }
+
+// Prefetch returns what package prefetch/fanout counts with, and the Node API.
+func (m *Metrics) Prefetch() Prefetch { return m.prefetch }
+
+// Prefetch counts what becomes of requests to prefetch.
+type Prefetch struct {
+	requested, retried, bytes, refused prometheus.Counter
+	ended                              *prometheus.CounterVec
+}
+
+// Requested counts a request that this node has taken.
+func (p Prefetch) Requested() { p.requested.Inc() }
+
+// Retried counts a pull that failed and is tried again.
+func (p Prefetch) Retried() { p.retried.Inc() }
+
+// Ended counts the end of a request on this node: done, failed or canceled.
+func (p Prefetch) Ended(result string) { p.ended.WithLabelValues(result).Inc() }
+
+// Pulled counts the bytes of an image that was prefetched.
+func (p Prefetch) Pulled(n int64) { p.bytes.Add(float64(n)) }
+
+// Refused counts a call without the token.
+func (p Prefetch) Refused() { p.refused.Inc() }
 
 // Swarm counts the exchange with peers.
 type Swarm struct{ received, sent, shutOut prometheus.Counter }

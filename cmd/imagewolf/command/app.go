@@ -5,6 +5,7 @@ package command
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -40,7 +41,7 @@ func newApp(makeNode func(config.Config, *slog.Logger) (runner, error)) *cli.App
 		HideVersion:     true,
 		HideHelpCommand: true,
 		Commands: []*cli.Command{
-			daemonCommand(makeNode), configCommand(), clusterKeyCommand(), demoCommand(), versionCommand(),
+			daemonCommand(makeNode), configCommand(), clusterKeyCommand(), prefetchCommand(), demoCommand(), versionCommand(),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
@@ -103,6 +104,39 @@ func clusterKeyCommand() *cli.Command {
 				_, err := fmt.Fprintln(c.App.Writer, cluster.GenerateKey())
 				return err
 			},
+		}, {
+			Name: "ca", Usage: "print the certificate (PEM) by which the nodes are known; it follows from the cluster's key, and is no secret",
+			Flags: settingFlags(), Before: noArgs, Action: printCA,
 		}},
 	}
+}
+
+// printCA prints the CAs of the cluster's key and of those that are accepted
+// beside it: while one replaces another, nodes show certificates of either.
+func printCA(c *cli.Context) error {
+	cfg, err := load(c)
+	if err != nil {
+		return err
+	}
+	key, err := cfg.Cluster.Key()
+	if err != nil {
+		return err
+	}
+	if key == "" {
+		return errors.New("there is no cluster key: with certificates of your own, the nodes are known by their cluster.ca_file")
+	}
+	accepted, err := cfg.Cluster.Accepted()
+	if err != nil {
+		return err
+	}
+	for _, k := range append([]string{key}, accepted...) {
+		pem, err := cluster.AuthorityPEM(k)
+		if err != nil {
+			return err
+		}
+		if _, err := c.App.Writer.Write(pem); err != nil {
+			return err
+		}
+	}
+	return nil
 }

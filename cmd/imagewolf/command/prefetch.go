@@ -1,0 +1,344 @@
+package command
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/imagewolf/imagewolf/api/nodeapi"
+	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/config"
+)
+
+// Exit statuses of 'imagewolf prefetch', beside 0 and 1.
+const (
+	exitUsage   = 2   // the node refuses the request as it is
+	exitTimeout = 124 // time was up before all had ended; what timeout(1) returns
+)
+
+// connectWait is how long a node is tried to be reached.
+const connectWait = 5 * time.Second
+
+// exitError is an error that ends the process with a status of its own.
+type exitError struct {
+	status int
+	err    error
+}
+
+// Error implements error.
+func (e *exitError) Error() string { return e.err.Error() }
+
+// Unwrap returns what happened.
+func (e *exitError) Unwrap() error { return e.err }
+
+// ExitStatus is what the process ends with for an error of App: 1 for most.
+func ExitStatus(err error) int {
+	var e *exitError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &e):
+		return e.status
+	}
+	return 1
+}
+
+func nodeFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.PathFlag{Name: "socket", EnvVars: []string{"IMAGEWOLF_NODE_API_SOCKET"}, Value: config.Default().NodeAPI.Socket,
+			Usage: "`PATH` of a node's socket (node_api.socket)"},
+		&cli.BoolFlag{Name: "json", Usage: "print JSON, for machines"},
+	}
+}
+
+func prefetchCommand() *cli.Command {
+	return &cli.Command{
+		Name: "prefetch", Usage: "have nodes pull an image before anyone asks for it",
+		ArgsUsage: "IMAGE",
+		Description: "Prints the request's id, or with --wait a line for each node as it changes.\n" +
+			"Exit status: 0 all done (or, without --wait, accepted), 1 some node failed or none was selected,\n" +
+			"2 the request is refused as it is, 124 time was up.",
+		Flags: append(nodeFlags(),
+			&cli.StringFlag{Name: "nodes", Usage: "label `SELECTOR` of the nodes, such as 'zone=a,gpu!=none'; all nodes without one"},
+			&cli.UintFlag{Name: "count", Usage: "at most `N` of these nodes"},
+			&cli.UintFlag{Name: "percent", Usage: "at most `N` percent of these nodes, rounded up"},
+			&cli.BoolFlag{Name: "running", Usage: "only nodes that already have an image of the repository"},
+			&cli.StringSliceFlag{Name: "platform", Usage: "pull `PLATFORM`, such as linux/arm64, and not each node's own; may be repeated"},
+			&cli.StringFlag{Name: "namespace", Usage: "`NAMESPACE` of containerd; that of each node's prefetch.namespace without one"},
+			&cli.StringFlag{Name: "digest", Usage: "pull this `DIGEST`, whatever the tag says"},
+			&cli.BoolFlag{Name: "referrers", Usage: "pull what refers to the image, too: signatures, SBOMs"},
+			&cli.IntFlag{Name: "priority", Usage: "of two requests that wait on a node the one with the higher `N` goes first"},
+			&cli.UintFlag{Name: "concurrency", Usage: "at most `N` nodes pull at the same time"},
+			&cli.BoolFlag{Name: "wait", Usage: "wait until all nodes have ended"},
+			&cli.DurationFlag{Name: "timeout", Usage: "after this `TIME` nodes give up what has not ended, 1s to 24h", DefaultText: "24h"},
+		),
+		Subcommands: []*cli.Command{
+			{
+				Name: "ls", Usage: "list the requests of the last day, the newest first", Before: noArgs,
+				Flags: append(nodeFlags(), &cli.UintFlag{Name: "limit", Usage: "list at most `N`, up to 1000", Value: 100}),
+				Action: asking(func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error {
+					all, err := n.ListPrefetches(ctx, &imagewolfv1.ListPrefetchesRequest{Limit: uint32(min(c.Uint("limit"), 1000))}) //nolint:gosec // bounded here
+					if err != nil {
+						return told(err)
+					}
+					return printList(c, all)
+				}),
+			},
+			{
+				Name: "status", Usage: "show where each node is with a request", ArgsUsage: "ID", Flags: nodeFlags(), Before: oneArg("ID"),
+				Action: asking(func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error {
+					st, err := n.GetPrefetch(ctx, &imagewolfv1.GetPrefetchRequest{Id: c.Args().First()})
+					if err != nil {
+						return told(err)
+					}
+					return printStatus(c, st)
+				}),
+			},
+			{
+				Name: "cancel", Usage: "end what has not ended of a request; what is pulled stays", ArgsUsage: "ID", Flags: nodeFlags(), Before: oneArg("ID"),
+				Action: asking(func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error {
+					st, err := n.CancelPrefetch(ctx, &imagewolfv1.CancelPrefetchRequest{Id: c.Args().First()})
+					if err != nil {
+						return told(err)
+					}
+					return printStatus(c, st)
+				}),
+			},
+		},
+		Action: func(c *cli.Context) error {
+			if err := flagsAfter(c); err != nil {
+				return err
+			}
+			return asking(runPrefetch)(c)
+		},
+	}
+}
+
+// arguments are those that flagsAfter found to be no flags.
+type argumentsKey struct{}
+
+// flagsAfter reads flags that stand after the image, where the library sees
+// arguments only.
+func flagsAfter(c *cli.Context) error {
+	var words []string
+	rest := c.Args().Slice()
+	for len(rest) > 0 {
+		words, rest = append(words, rest[0]), rest[1:]
+		set := flag.NewFlagSet(c.Command.Name, flag.ContinueOnError)
+		set.SetOutput(io.Discard)
+		for _, f := range c.Command.Flags {
+			name := f.Names()[0]
+			give := func(v string) error { return c.Set(name, v) }
+			if _, isBool := f.(*cli.BoolFlag); isBool {
+				set.BoolFunc(name, "", give)
+			} else {
+				set.Func(name, "", give)
+			}
+		}
+		if err := set.Parse(rest); err != nil {
+			return err
+		}
+		rest = set.Args()
+	}
+	if len(words) != 1 {
+		return fmt.Errorf("%s takes one IMAGE, and was given %d words; 'imagewolf prefetch --help' shows what there is", c.Command.HelpName, len(words))
+	}
+	c.Context = context.WithValue(c.Context, argumentsKey{}, words[0])
+	return nil
+}
+
+// oneArg refuses all but one argument.
+func oneArg(what string) cli.BeforeFunc {
+	return func(c *cli.Context) error {
+		if c.Args().Len() != 1 {
+			return fmt.Errorf("%s takes one %s, and was given %d", c.Command.HelpName, what, c.Args().Len())
+		}
+		return nil
+	}
+}
+
+// asking runs do with a way to the node.
+func asking(do func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error) cli.ActionFunc {
+	return func(c *cli.Context) (err error) {
+		n, err := nodeapi.Dial(nodeapi.Options{Addresses: []string{"unix://" + c.Path("socket")}})
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, n.Close()) }()
+		return do(c.Context, c, n)
+	}
+}
+
+// told turns what a node answered into what the user is told.
+func told(err error) error {
+	st := status.Convert(err)
+	switch st.Code() {
+	case codes.InvalidArgument:
+		return &exitError{exitUsage, errors.New(st.Message())}
+	case codes.Unavailable:
+		return fmt.Errorf("%s (is the daemon running, and may this user write to its node_api.socket?)", st.Message())
+	}
+	return errors.New(st.Message())
+}
+
+// requestFrom returns what the flags ask for.
+func requestFrom(c *cli.Context, image string) (*imagewolfv1.PrefetchRequest, error) {
+	small := func(name string) (uint32, error) {
+		v := c.Uint(name)
+		if v > 1<<31 {
+			return 0, fmt.Errorf("--%s: %d is too many", name, v)
+		}
+		return uint32(v), nil
+	}
+	r := &imagewolfv1.PrefetchRequest{
+		Id: nodeapi.NewID(), Image: image, Digest: c.String("digest"), Platforms: c.StringSlice("platform"), Namespace: c.String("namespace"),
+		Referrers: c.Bool("referrers"), Nodes: &imagewolfv1.NodeSelection{Labels: c.String("nodes"), RunningRepository: c.Bool("running")},
+	}
+	var errs [3]error
+	r.Nodes.Count, errs[0] = small("count")
+	r.Nodes.Percent, errs[1] = small("percent")
+	r.Concurrency, errs[2] = small("concurrency")
+	if err := errors.Join(errs[:]...); err != nil {
+		return nil, err
+	}
+	if p := c.Int("priority"); int64(int32(p)) == int64(p) { //nolint:gosec // that is what is checked
+		r.Priority = int32(p) //nolint:gosec // checked
+	} else {
+		return nil, fmt.Errorf("--priority: %d is out of range", p)
+	}
+	if c.IsSet("timeout") {
+		t := c.Duration("timeout")
+		if t < time.Second || t > 24*time.Hour {
+			return nil, fmt.Errorf("--timeout: %s is out of range: choose 1s to 24h", t)
+		}
+		r.TimeoutSeconds = int64((t + time.Second - 1) / time.Second)
+	}
+	return r, nil
+}
+
+// runPrefetch sends the request, and waits if it is asked to.
+func runPrefetch(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error {
+	image, _ := c.Context.Value(argumentsKey{}).(string)
+	r, err := requestFrom(c, image)
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	st, err := n.Prefetch(ctx, r)
+	if err != nil {
+		return told(err)
+	}
+	if len(st.Nodes) == 0 {
+		return fmt.Errorf("no node is selected: 'imagewolf prefetch' selects by the labels that nodes have in their cluster.labels, and what was asked for fits none")
+	}
+	if !c.Bool("wait") {
+		if c.Bool("json") {
+			return printJSON(c, st)
+		}
+		_, err := fmt.Fprintln(c.App.Writer, st.Request.Id)
+		return err
+	}
+	if st, err = follow(ctx, c, n, st); err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		if err := printJSON(c, st); err != nil {
+			return err
+		}
+	}
+	return outcome(st)
+}
+
+// follow shows a request's nodes until all have ended or the request's time is
+// up, and returns the last status. A node that is restarted meanwhile is asked
+// again.
+func follow(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient, st *imagewolfv1.PrefetchStatus) (*imagewolfv1.PrefetchStatus, error) {
+	limit := 24 * time.Hour
+	if s := st.Request.TimeoutSeconds; s > 0 {
+		limit = time.Duration(s) * time.Second
+	}
+	// The nodes end in time by themselves, and get a moment to say so.
+	ctx, cancel := context.WithTimeout(ctx, limit+2*time.Second)
+	defer cancel()
+	show := newDisplay(c, st)
+	defer show.close()
+	for {
+		stream, err := n.WatchPrefetch(ctx, &imagewolfv1.GetPrefetchRequest{Id: st.Request.Id}, grpc.WaitForReady(true))
+		for err == nil {
+			var next *imagewolfv1.PrefetchStatus
+			if next, err = stream.Recv(); err == nil {
+				st = next
+				show.update(st)
+			}
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return st, nil
+		case errors.Is(ctx.Err(), context.DeadlineExceeded):
+			return st, nil
+		case ctx.Err() != nil:
+			return nil, fmt.Errorf("no longer waiting for %s: it goes on; 'imagewolf prefetch status %s' tells how, and 'cancel' ends it", st.Request.Id, st.Request.Id)
+		case status.Code(err) != codes.Unavailable:
+			return nil, told(err)
+		}
+		select { // the daemon restarts
+		case <-ctx.Done():
+		case <-time.After(connectWait / 10):
+		}
+	}
+}
+
+// outcome is what a request's end means for the exit status.
+func outcome(st *imagewolfv1.PrefetchStatus) error {
+	var failed, open []string
+	late := false
+	for _, n := range st.Nodes {
+		switch n.State {
+		case imagewolfv1.PrefetchState_PREFETCH_STATE_DONE:
+		case imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, imagewolfv1.PrefetchState_PREFETCH_STATE_CANCELED:
+			failed = append(failed, n.Node)
+			late = late || n.TimedOut
+		default:
+			open = append(open, n.Node)
+		}
+	}
+	switch {
+	case len(open) > 0:
+		return &exitError{exitTimeout, fmt.Errorf("time is up, and %d of %d nodes have not ended: %s", len(open), len(st.Nodes), few(open))}
+	case late:
+		return &exitError{exitTimeout, fmt.Errorf("time was up before %d of %d nodes were done: %s", len(failed), len(st.Nodes), few(failed))}
+	case len(failed) > 0:
+		return fmt.Errorf("%d of %d nodes failed: %s", len(failed), len(st.Nodes), few(failed))
+	}
+	return nil
+}
+
+// few names the first of many.
+func few(names []string) string {
+	const most = 10
+	if len(names) > most {
+		return strings.Join(names[:most], ", ") + ", …"
+	}
+	return strings.Join(names, ", ")
+}
+
+// printJSON prints a message as one line of JSON, by the names of
+// api/v1/node.proto.
+func printJSON(c *cli.Context, m proto.Message) error {
+	b, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(m)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(c.App.Writer, string(b))
+	return err
+}

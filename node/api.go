@@ -1,0 +1,203 @@
+package node
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/user"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/net/netutil"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/imagewolf/imagewolf/api/nodeapi"
+	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/proxy"
+)
+
+const (
+	apiRetry     = 5 * time.Second // before a socket or an address is listened on again
+	apiHandshake = 5 * time.Second
+	apiMessage   = 64 << 10    // bytes of one request
+	apiStreams   = 128         // calls at the same time on one connection
+	apiConns     = 256         // connections of the network at the same time
+	apiIdle      = time.Minute // that a connection stays without a call
+)
+
+// runAPI serves the Node API on listeners that listen makes, again and again,
+// until ctx ends: nothing of it ends the node.
+func (n *Node) runAPI(ctx context.Context, setting string, listen func(ctx context.Context) (net.Listener, error), opts ...grpc.ServerOption) {
+	for ctx.Err() == nil {
+		err := n.guard(partNodeAPI, func() error {
+			l, err := listen(ctx)
+			if err != nil {
+				return err
+			}
+			n.log.Info("serving the Node API", "address", l.Addr().String())
+			return n.serveAPI(ctx, l, opts...)
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		n.log.Error("the Node API is not served", "setting", setting, "err", err, "retry", apiRetry)
+		select {
+		case <-ctx.Done():
+		case <-time.After(apiRetry):
+		}
+	}
+}
+
+// serveAPI answers on l until ctx ends, and closes it. No handler runs any more
+// when it returns.
+func (n *Node) serveAPI(ctx context.Context, l net.Listener, opts ...grpc.ServerOption) error {
+	srv := grpc.NewServer(append([]grpc.ServerOption{
+		grpc.MaxRecvMsgSize(apiMessage), grpc.MaxConcurrentStreams(apiStreams), grpc.ConnectionTimeout(apiHandshake),
+		grpc.WaitForHandlers(true),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout, MaxConnectionIdle: apiIdle}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingEvery / 2}),
+		grpc.ChainUnaryInterceptor(n.containUnary(partNodeAPI)), grpc.ChainStreamInterceptor(n.containStream(partNodeAPI)),
+	}, opts...)...)
+	imagewolfv1.RegisterNodeServer(srv, n.fanout.Node())
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	select {
+	case err := <-served:
+		srv.Stop()
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	case <-ctx.Done():
+	}
+	srv.Stop()
+	<-served //nolint:errcheck // what Serve says once it was stopped is no news
+	return nil
+}
+
+// listenSocket makes the socket of the Node API. It is open to others than root
+// only when it is theirs.
+func (n *Node) listenSocket(context.Context) (net.Listener, error) {
+	a := n.cfg.NodeAPI
+	mode, err := a.Mode()
+	if err != nil {
+		return nil, err
+	}
+	l, err := proxy.Bind(a.Socket)
+	if err != nil {
+		return nil, err
+	}
+	if a.SocketGroup != "" {
+		gid, err := groupID(a.SocketGroup)
+		if err == nil {
+			err = os.Chown(a.Socket, -1, gid)
+		}
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("node_api.socket_group: %w", err), l.Close())
+		}
+	}
+	if err := os.Chmod(a.Socket, mode); err != nil {
+		return nil, errors.Join(fmt.Errorf("node_api.socket_mode: %w", err), l.Close())
+	}
+	return l, nil
+}
+
+func groupID(group string) (int, error) {
+	if gid, err := strconv.Atoi(group); err == nil && gid >= 0 {
+		return gid, nil
+	}
+	g, err := user.LookupGroup(group)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(g.Gid)
+}
+
+// listenNetwork listens on the address of the Node API.
+func (n *Node) listenNetwork(ctx context.Context) (net.Listener, error) {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", n.cfg.NodeAPI.Address)
+	if err != nil {
+		return nil, err
+	}
+	return netutil.LimitListener(l, apiConns), nil
+}
+
+// networkOptions serve those only that have the token, over TLS.
+func (n *Node) networkOptions() []grpc.ServerOption {
+	b := bearer{file: n.cfg.NodeAPI.TokenFile, refused: n.metrics.Prefetch().Refused}
+	return []grpc.ServerOption{
+		grpc.Creds(credentials.NewTLS(n.identity.OpenTLS())),
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
+			if err := b.check(ctx); err != nil {
+				return nil, err
+			}
+			return h(ctx, req)
+		}),
+		grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
+			if err := b.check(ss.Context()); err != nil {
+				return err
+			}
+			return h(srv, ss)
+		}),
+	}
+}
+
+// bearer lets in who has the token.
+type bearer struct {
+	file    string
+	refused func()
+}
+
+// check looks at what a caller shows. The file is read for every call: it is a
+// line, and may have been replaced.
+func (b bearer) check(ctx context.Context) error {
+	want, err := nodeapi.ReadToken(b.file)
+	if err != nil {
+		return status.Error(codes.Unavailable, "node_api.token_file cannot be used: nobody is let in")
+	}
+	md, _ := metadata.FromIncomingContext(ctx)
+	var got string
+	if all := md.Get("authorization"); len(all) == 1 {
+		if kind, rest, ok := strings.Cut(all[0], " "); ok && strings.EqualFold(kind, "bearer") {
+			got = rest
+		}
+	}
+	// Of one length, whatever was sent.
+	a, e := sha256.Sum256([]byte(got)), sha256.Sum256([]byte(want))
+	if subtle.ConstantTimeCompare(a[:], e[:]) != 1 {
+		b.refused()
+		return status.Error(codes.Unauthenticated, "the token is missing or is not this cluster's (node_api.token_file)")
+	}
+	return nil
+}
+
+// containUnary keeps a panic of a handler from ending the process.
+func (n *Node) containUnary(part string) grpc.UnaryServerInterceptor {
+	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (resp any, err error) {
+		failed := n.guard(part, func() error { resp, err = h(ctx, req); return nil })
+		if failed != nil {
+			n.log.Error("handler panicked", "method", info.FullMethod, "err", failed)
+			return nil, status.Error(codes.Internal, "failed: the node's log says why")
+		}
+		return resp, err
+	}
+}
+
+// containStream is containUnary for streams.
+func (n *Node) containStream(part string) grpc.StreamServerInterceptor {
+	return func(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, h grpc.StreamHandler) (err error) {
+		failed := n.guard(part, func() error { err = h(srv, ss); return nil })
+		if failed != nil {
+			n.log.Error("handler panicked", "method", info.FullMethod, "err", failed)
+			return status.Error(codes.Internal, "failed: the node's log says why")
+		}
+		return err
+	}
+}
