@@ -40,7 +40,7 @@ func fieldsOf(v reflect.Value, prefix string, index []int) []Field {
 		case v.Field(i).Kind() == reflect.Struct:
 			out = append(out, fieldsOf(v.Field(i), key+".", at)...)
 			continue
-		case isTableOfTables(sf.Type):
+		case isTableOfTables(sf.Type), isArrayOfTables(sf.Type):
 			continue
 		}
 		flag := sf.Tag.Get("flag")
@@ -63,6 +63,11 @@ func fieldsOf(v reflect.Value, prefix string, index []int) []Field {
 // isTableOfTables tells a map of named tables, which holds settings but is none.
 func isTableOfTables(t reflect.Type) bool {
 	return t.Kind() == reflect.Map && t.Elem().Kind() == reflect.Struct
+}
+
+// isArrayOfTables tells a list of tables, which holds settings but is none.
+func isArrayOfTables(t reflect.Type) bool {
+	return t.Kind() == reflect.Slice && t.Elem().Kind() == reflect.Struct
 }
 
 func firstSentence(comment string) string {

@@ -8,10 +8,13 @@ import (
 	"io/fs"
 	"os"
 	"reflect"
+	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/agnivade/levenshtein"
 	"github.com/pelletier/go-toml/v2"
+	"github.com/pelletier/go-toml/v2/unstable"
 )
 
 // maxFile bounds what is read of a configuration file, in bytes.
@@ -117,7 +120,13 @@ func (s schema) decode(name string, doc []byte, values *map[string]any) []error 
 	if err := toml.Unmarshal(doc, values); err != nil {
 		return []error{locate(name, err)}
 	}
-	err := toml.NewDecoder(bytes.NewReader(doc)).DisallowUnknownFields().Decode(bareTables(s.tables))
+	rows, err := s.headers(name, doc)
+	if err != nil {
+		clear(*values)
+		return []error{err}
+	}
+	s.number(*values)
+	err = toml.NewDecoder(bytes.NewReader(doc)).DisallowUnknownFields().Decode(bareTables(s.tables))
 	if err == nil {
 		return nil
 	}
@@ -136,14 +145,18 @@ func (s schema) decode(name string, doc []byte, values *map[string]any) []error 
 	for _, k := range keys.Errors {
 		row, col := k.Position()
 		where := fmt.Sprintf("%s:%d:%d", name, row, col)
-		f, root, ok := s.find(k.Key())
+		key := k.Key()
+		if s.isArray(key[0]) {
+			key = numbered(key, row, rows)
+		}
+		f, root, ok := s.find(key)
 		if !ok {
-			errs = append(errs, fmt.Errorf("%s: unknown key %s%s", where, strings.Join(k.Key(), "."), s.suggestion(k.Key())))
+			errs = append(errs, fmt.Errorf("%s: unknown key %s%s", where, strings.Join(key, "."), s.suggestion(key)))
 			continue
 		}
 		if !done[f.Key] { // labels written as a table are reported once per label
 			done[f.Key] = true
-			path := k.Key()[:min(len(k.Key()), strings.Count(f.Key, ".")+1)]
+			path := key[:min(len(key), strings.Count(f.Key, ".")+1)]
 			errs = append(errs, prefixed(where+": "+f.Key, f.setTOML(root, lookup(*values, path))))
 		}
 	}
@@ -161,12 +174,80 @@ func bareTables(of reflect.Type) any {
 			bare.Type = reflect.TypeFor[struct{}]()
 		case isTableOfTables(sf.Type):
 			bare.Type = reflect.TypeFor[map[string]struct{}]()
+		case isArrayOfTables(sf.Type):
+			bare.Type = reflect.TypeFor[[]struct{}]()
 		default:
 			continue
 		}
 		tables = append(tables, bare)
 	}
 	return reflect.New(reflect.StructOf(tables)).Interface()
+}
+
+// isArray tells whether the name is one of an array of tables.
+func (s schema) isArray(name string) bool {
+	for sf := range s.tables.Fields() {
+		if tag, _, _ := strings.Cut(sf.Tag.Get("toml"), ","); tag == name {
+			return isArrayOfTables(sf.Type)
+		}
+	}
+	return false
+}
+
+// number makes tables with numbers for names, from "1", of the arrays of tables,
+// so that each of their values has a key of its own.
+func (s schema) number(values map[string]any) {
+	for name, v := range values {
+		list, ok := v.([]any)
+		if !ok || !s.isArray(name) {
+			continue
+		}
+		tables := map[string]any{}
+		for i, t := range list {
+			tables[strconv.Itoa(i+1)] = t
+		}
+		values[name] = tables
+	}
+}
+
+// headers returns in which rows the tables of each array begin, such as those of
+// [[rule]], and fails where one is written in another way, for then its values
+// could not be told apart.
+func (s schema) headers(name string, doc []byte) (map[string][]int, error) {
+	rows := map[string][]int{}
+	var p unstable.Parser
+	p.Reset(doc)
+	for top := true; p.NextExpression(); {
+		e := p.Expression()
+		if e.Kind == unstable.Comment || e.Kind == unstable.KeyValue && !top {
+			continue
+		}
+		top = top && e.Kind == unstable.KeyValue
+		key := e.Key()
+		if !key.Next() || !s.isArray(string(key.Node().Data)) {
+			continue
+		}
+		array, at := string(key.Node().Data), p.Shape(key.Node().Raw).Start
+		switch {
+		case e.Kind == unstable.ArrayTable && key.IsLast():
+			rows[array] = append(rows[array], at.Line)
+		case len(rows[array]) == 0:
+			return nil, fmt.Errorf("%s:%d:%d: %s: must be tables, each written [[%s]]", name, at.Line, at.Column, array, array)
+		}
+	}
+	return rows, nil
+}
+
+// numbered puts the number of a table into the key of a value that stands in the
+// given row.
+func numbered(key toml.Key, row int, rows map[string][]int) toml.Key {
+	number := 0
+	for _, start := range rows[key[0]] {
+		if start <= row {
+			number++
+		}
+	}
+	return slices.Insert(slices.Clone(key), 1, strconv.Itoa(number))
 }
 
 func locate(name string, err error) error {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -27,6 +28,11 @@ type Notifier struct {
 	MaxBody     Size                `toml:"max_body" comment:"Largest body of a webhook that is read. 64KiB to 16MiB."`
 	Queue       NotifierQueue       `toml:"queue" comment:"Events that were taken and wait to be worked off."`
 	Receiver    map[string]Receiver `toml:"receiver" comment:"Who may send: one table for each webhook, [receiver.NAME]."`
+
+	AllowRegistries []string          `toml:"allow_registries" comment:"Registries whose images may be pulled, as patterns of hosts. Must not be empty."`
+	Registry        NotifierRegistry  `toml:"registry" comment:"How the notifier itself asks registries, where a rule needs it."`
+	Verify          map[string]Verify `toml:"verify" comment:"What signatures images must have: one table for each way, [verify.NAME]."`
+	Rule            []Rule            `toml:"rule" comment:"What is done with an image: tables [[rule]], of which the first that matches counts."`
 }
 
 // NotifierQueue bounds what waits.
@@ -125,6 +131,8 @@ func DefaultNotifier() Notifier {
 			RetryFor:     Duration(24 * time.Hour),
 		},
 		Receiver: map[string]Receiver{},
+		Registry: NotifierRegistry{CheckTags: true, Timeout: Duration(15 * time.Second)},
+		Verify:   map[string]Verify{},
 	}
 }
 
@@ -173,10 +181,19 @@ func notifierFields() []Field {
 	return renamed(fieldsOf(reflect.ValueOf(DefaultNotifier()), "", nil))
 }
 
-// receiverFields returns the settings of one receiver. They are no flags: the
-// names of receivers stand in the file.
-func receiverFields(name string) []Field {
-	fields := renamed(fieldsOf(reflect.ValueOf(Receiver{}), "receiver."+name+".", nil))
+// receiverFields returns the settings of one receiver.
+func receiverFields(name string) []Field { return fieldsOfTable(Receiver{}, "receiver."+name) }
+
+// verifyFields returns the settings of one way to verify.
+func verifyFields(name string) []Field { return fieldsOfTable(Verify{}, "verify."+name) }
+
+// ruleFields returns the settings of one rule, which has a number for a name.
+func ruleFields(number string) []Field { return fieldsOfTable(Rule{}, "rule."+number) }
+
+// fieldsOfTable returns the settings of one of many tables. They are no flags:
+// the names of such tables stand in the file.
+func fieldsOfTable(zero any, key string) []Field {
+	fields := renamed(fieldsOf(reflect.ValueOf(zero), key+".", nil))
 	for i := range fields {
 		fields[i].Flag = ""
 	}
@@ -193,44 +210,76 @@ func renamed(fields []Field) []Field {
 
 // LoadNotifier reads the notifier's settings as Load does the daemon's. In the
 // environment, receiver.hub.secret is IMAGEWOLF_NOTIFIER_RECEIVER_HUB_SECRET;
-// it sets only receivers that the file has.
+// it sets only receivers that the file has. Rules and verify tables are in the
+// file only.
 func LoadNotifier(s Sources) (Notifier, error) {
 	n := DefaultNotifier()
 	var errs []error
-	receivers := map[string]*Receiver{}
+	t := notifierTables{receiver: map[string]*Receiver{}, verify: map[string]*Verify{}, rule: map[string]*Rule{}}
 	if s.File != "" {
 		b, err := readFile(s.File)
 		switch {
 		case err == nil:
-			errs = append(errs, n.decode(s.File, b, receivers)...)
+			errs = append(errs, n.decode(s.File, b, t)...)
 		case !s.Optional || !errors.Is(err, os.ErrNotExist):
 			errs = append(errs, err)
 		}
 	}
 	errs = append(errs, s.overlay(notifierFields(), reflect.ValueOf(&n).Elem())...)
-	for _, name := range slices.Sorted(maps.Keys(receivers)) {
-		r := receivers[name]
+	for _, name := range slices.Sorted(maps.Keys(t.receiver)) {
+		r := t.receiver[name]
 		errs = append(errs, s.overlay(receiverFields(name), reflect.ValueOf(r).Elem())...)
 		n.Receiver[name] = r.WithDefaults(name)
+	}
+	for name, v := range t.verify {
+		n.Verify[name] = *v
+	}
+	for i := range len(t.rule) {
+		n.Rule = append(n.Rule, *t.rule[strconv.Itoa(i+1)])
 	}
 	return n, errors.Join(errs...)
 }
 
-func (n *Notifier) decode(name string, doc []byte, receivers map[string]*Receiver) []error {
-	root := reflect.ValueOf(n).Elem()
-	receiver := func(name string) *Receiver {
-		if receivers[name] == nil {
-			receivers[name] = &Receiver{}
-		}
-		return receivers[name]
+// notifierTables are the tables of which the file may have many, by name; rules
+// by their number, from 1.
+type notifierTables struct {
+	receiver map[string]*Receiver
+	verify   map[string]*Verify
+	rule     map[string]*Rule
+}
+
+// table returns the fields of a table, and the struct that they are of; it makes
+// the table if there is none. There is no such kind of table if it returns none.
+func (t notifierTables) table(kind, name string) ([]Field, reflect.Value) {
+	switch kind {
+	case "receiver":
+		return receiverFields(name), entryOf(t.receiver, name, Receiver{})
+	case "verify":
+		return verifyFields(name), entryOf(t.verify, name, Verify{Wait: defaultVerifyWait})
+	case "rule":
+		return ruleFields(name), entryOf(t.rule, name, Rule{})
 	}
+	return nil, reflect.Value{}
+}
+
+func entryOf[T any](tables map[string]*T, name string, fresh T) reflect.Value {
+	if tables[name] == nil {
+		tables[name] = &fresh
+	}
+	return reflect.ValueOf(tables[name]).Elem()
+}
+
+func (n *Notifier) decode(name string, doc []byte, t notifierTables) []error {
+	root := reflect.ValueOf(n).Elem()
 	var values map[string]any
 	errs := schema{
 		tables: root.Type(),
 		find: func(key toml.Key) (Field, reflect.Value, bool) {
 			fields, of := notifierFields(), root
-			if len(key) > 2 && key[0] == "receiver" {
-				fields, of = receiverFields(key[1]), reflect.ValueOf(receiver(key[1])).Elem()
+			if len(key) > 2 {
+				if f, in := t.table(key[0], key[1]); f != nil {
+					fields, of = f, in
+				}
 			}
 			i := slices.IndexFunc(fields, func(f Field) bool { return f.Key == strings.Join(key, ".") })
 			if i < 0 {
@@ -238,12 +287,16 @@ func (n *Notifier) decode(name string, doc []byte, receivers map[string]*Receive
 			}
 			return fields[i], of, true
 		},
-		known: func() []Field { return append(notifierFields(), receiverFields("NAME")...) },
-		help:  "docs/notifier.md lists every key",
+		known: func() []Field {
+			return slices.Concat(notifierFields(), receiverFields("NAME"), verifyFields("NAME"), ruleFields("N"))
+		},
+		help: "docs/notifier.md lists every key",
 	}.decode(name, doc, &values)
-	if tables, ok := values["receiver"].(map[string]any); ok {
-		for name := range tables { // one without a key is one too
-			receiver(name)
+	for _, kind := range []string{"receiver", "verify", "rule"} {
+		if tables, ok := values[kind].(map[string]any); ok {
+			for name := range tables { // one without a key is one too
+				t.table(kind, name)
+			}
 		}
 	}
 	return errs

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -40,6 +41,53 @@ var badNotifierFiles = map[string][]string{
 		"queue.dedupe_window: 48h is out of range",
 		"queue.retry_for: 1s is out of range",
 		"receiver: there is none",
+		"allow_registries: empty: list the hosts",
+	},
+	"array.bad.toml": {
+		"%s:2:1: rule: must be tables, each written [[rule]]",
+	},
+	"single.bad.toml": {
+		"%s:2:2: rule: must be tables, each written [[rule]]",
+	},
+	"rulekeys.bad.toml": {
+		"%s:5:1: unknown key rule.1.image (did you mean rule.N.images?)",
+		"%s:6:1: rule.1.images: must be a list such as",
+		"%s:11:1: rule.2.count: must be a whole number, not text",
+		"%s:13:1: rule.2.skip: must be true or false, not a number",
+		"%s:18:1: rule.3.priority: must be a whole number, not text",
+		"%s:22:1: verify.x.keys: must hold texts in quotes, not a number",
+	},
+	"rules.bad.toml": {
+		"allow_registries[0]: \"*\" would be any host",
+		"allow_registries[1]: \"https://x\": write a host",
+		"allow_registries[2]: \"registry-1.docker.io\": Docker Hub is docker.io",
+		"registry.plain_http[0]: \"Registry.example.com\": write a host",
+		"registry.token_hosts[0]: \"a/b\"",
+		"registry.timeout: 0s is out of range",
+		"registry.credential_files[0]: ",
+		"registry.ca_file: ",
+		"verify.a.wait: 2h is out of range",
+		"verify.a.keys: missing",
+		"verify.a.trust_policy: is for type notation only",
+		"verify.b.keys: is for type cosign only",
+		"verify.b.trust_policy: ",
+		"verify.b.trust_store: \"store\" is not an absolute path",
+		"verify.c.trust_policy: ",
+		"verify.c.trust_store: /nonexistent has no directory x509",
+		"verify.d.type: \"gpg\" is none of cosign, notation",
+		"rule.1.name: \"\": give it a name",
+		"rule.1.images: missing",
+		"rule.web.media_types[0]: \"image\" is no media type",
+		"rule.web.count: -1 is out of range",
+		"rule.web.percent: 101 is out of range",
+		"rule.web.priority: 1001 is out of range",
+		"rule.web.concurrency: -1 is out of range",
+		"rule.web.timeout: 1s is out of range",
+		"rule.web.namespace: \"a b\"",
+		"rule.web.verify: there is no table [verify.e]",
+		"rule.web.name: two rules have that name",
+		"rule.web.verify: means nothing with skip = true",
+		"rule.web.nodes: means nothing with skip = true",
 	},
 	"receivers.bad.toml": {
 		"receiver.A_b: name \"A_b\"",
@@ -134,6 +182,24 @@ func TestNotifierFileIsReadWithItsDefaults(t *testing.T) {
 	if s, err := n.Receiver["harbor-prod"].ReadSecret(); s != "harbor-0123456789abcdef" || err != nil {
 		t.Errorf("%q, %v", s, err)
 	}
+	wantRules := []Rule{
+		{
+			Name: "web", Images: []string{"registry.example.com/apps/*:v*"}, ImagesRegexp: []string{`.*:\d+`}, Exclude: []string{"**/test-*"},
+			Labels: "tier=front", MediaTypes: []string{"application/vnd.oci.image.index.v1+json"}, Verify: "release",
+			Platforms: []string{"linux/amd64"}, Nodes: "zone=a,gpu!=none", Count: 5, Percent: 50, RunningRepository: true, Namespace: "k8s.io",
+			Referrers: true, Priority: -3, Concurrency: 7, Timeout: Duration(time.Hour),
+		},
+		{Name: "rest", Images: []string{"**"}, Skip: true},
+	}
+	if !reflect.DeepEqual(n.Rule, wantRules) {
+		t.Errorf("got  %+v\nwant %+v", n.Rule, wantRules)
+	}
+	if v := n.Verify["release"]; v.Type != "cosign" || len(v.Keys) != 1 || v.Wait != defaultVerifyWait {
+		t.Errorf("%+v", v)
+	}
+	if r := n.Registry; r.CheckTags || r.Timeout.Duration() != 5*time.Second || len(r.PlainHTTP) != 1 || len(n.AllowRegistries) != 2 {
+		t.Errorf("%+v", r)
+	}
 	if w := n.Warnings(); len(w) != 1 || !strings.HasPrefix(w[0], "receiver.local.unauthenticated: ") {
 		t.Errorf("warnings %q", w)
 	}
@@ -155,6 +221,7 @@ func TestNotifierFileMayBeAbsentOnlyWhenOptional(t *testing.T) {
 
 func TestSecretFileOfOthersIsRefused(t *testing.T) {
 	n := DefaultNotifier()
+	n.AllowRegistries = []string{"registry.example.com"}
 	file := write(t, "secret", "0123456789abcdef")
 	n.Receiver["hub"] = Receiver{Type: "dockerhub", SecretFile: file}.WithDefaults("hub")
 	if err := n.Validate(); err != nil {
@@ -195,8 +262,16 @@ func TestEveryNotifierKeyIsDocumented(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range append(notifierFields(), receiverFields("NAME")...) {
-		name := strings.TrimPrefix(f.Key, "receiver.NAME.")
+	rules, err := os.ReadFile("../docs/notifier-rules.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b = append(b, rules...)
+	for _, f := range slices.Concat(notifierFields(), receiverFields("NAME"), verifyFields("NAME"), ruleFields("N")) {
+		name := f.Key
+		for _, table := range []string{"receiver.NAME.", "verify.NAME.", "rule.N."} {
+			name = strings.TrimPrefix(name, table)
+		}
 		if !strings.Contains(string(b), "| `"+name+"` |") {
 			t.Errorf("%s is not in docs/notifier.md", f.Key)
 		}
@@ -225,17 +300,29 @@ func FuzzLoadNotifier(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, doc []byte) {
 		n := DefaultNotifier()
-		receivers := map[string]*Receiver{}
-		for _, err := range n.decode("f", doc, receivers) {
+		tables := notifierTables{receiver: map[string]*Receiver{}, verify: map[string]*Verify{}, rule: map[string]*Rule{}}
+		for _, err := range n.decode("f", doc, tables) {
 			if err != nil && !strings.HasPrefix(err.Error(), "f:") {
 				t.Errorf("error without its place: %v", err)
 			}
 		}
-		for name, r := range receivers {
+		for name, r := range tables.receiver {
 			r.SecretFile = "" // Validate would open it, whatever it is
 			n.Receiver[name] = r.WithDefaults(name)
 		}
+		for name, v := range tables.verify {
+			v.Keys, v.TrustPolicy, v.TrustStore = nil, "", ""
+			n.Verify[name] = *v
+		}
+		for i := range len(tables.rule) {
+			r, ok := tables.rule[strconv.Itoa(i+1)]
+			if !ok {
+				t.Fatalf("%d rules, and none has the number %d", len(tables.rule), i+1)
+			}
+			n.Rule = append(n.Rule, *r)
+		}
 		n.TLSCertFile, n.TLSKeyFile = "", ""
+		n.Registry.CAFile, n.Registry.CredentialFiles = "", nil
 		for _, e := range complaints(n.Validate()) {
 			if !strings.Contains(e, ": ") {
 				t.Errorf("complaint without its key: %q", e)

@@ -54,6 +54,7 @@ func (n Notifier) Validate() error {
 	if len(n.Receiver) == 0 {
 		p.add("receiver", "there is none: add a table [receiver.NAME] for each webhook")
 	}
+	p.rules(n)
 	paths := map[string]string{}
 	for _, name := range slices.Sorted(maps.Keys(n.Receiver)) {
 		r := n.Receiver[name]
@@ -79,7 +80,7 @@ func (n Notifier) Warnings() []string {
 			out = append(out, "tls_cert_file: not set: secrets cross the network in the clear, unless a proxy in front ends TLS")
 		}
 	}
-	return out
+	return append(out, n.ruleWarnings()...)
 }
 
 func (p *problems) receiver(key, name string, r Receiver) {
