@@ -226,7 +226,7 @@ func (s scoped) Do(req *http.Request) (*http.Response, error) {
 	resp, err := s.r.authClient().Do(req.WithContext(ctx))
 	var refused *refusedError
 	switch {
-	case err != nil && !errors.As(err, &refused) && !errors.Is(err, context.Canceled),
+	case err != nil && !errors.As(err, &refused) && !errors.Is(err, ErrInvalid) && !errors.Is(err, context.Canceled),
 		err == nil && (resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable):
 		s.r.setAway(s.to.host)
 	}
