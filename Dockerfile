@@ -15,7 +15,7 @@ ARG VERSION=unknown
 ARG COMMIT=unknown
 RUN GOOS=$TARGETOS GOARCH=$TARGETARCH GOARM=${TARGETVARIANT#v} CGO_ENABLED=0 \
     go build -trimpath -buildvcs=false \
-      -ldflags "-s -w -X github.com/imagewolf/imagewolf/cmd/imagewolf/command.version=$VERSION -X github.com/imagewolf/imagewolf/cmd/imagewolf/command.commit=$COMMIT" \
+      -ldflags "-s -w -X github.com/imagewolf/imagewolf/internal/build.version=$VERSION -X github.com/imagewolf/imagewolf/internal/build.commit=$COMMIT" \
       -o /imagewolf ./cmd/imagewolf
 
 FROM scratch

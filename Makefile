@@ -8,7 +8,7 @@ BIN     := $(CURDIR)/bin
 TOOLS   := $(BIN)/tools
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
-PKG     := github.com/imagewolf/imagewolf/cmd/imagewolf/command
+PKG     := github.com/imagewolf/imagewolf/internal/build
 LDFLAGS := -s -w -X $(PKG).version=$(VERSION) -X $(PKG).commit=$(COMMIT)
 BUILD   := CGO_ENABLED=0 $(GO) build -buildvcs=false -ldflags '$(LDFLAGS)'
 

@@ -3,7 +3,6 @@ package config
 import (
 	"cmp"
 	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
 	"os"
@@ -26,8 +25,15 @@ type Notifier struct {
 	TLSCertFile string              `toml:"tls_cert_file" comment:"Certificate (PEM) to be served with, when no proxy in front ends TLS. Read again for every connection."`
 	TLSKeyFile  string              `toml:"tls_key_file" comment:"Private key of tls_cert_file (PEM). Not readable by other users."`
 	MaxBody     Size                `toml:"max_body" comment:"Largest body of a webhook that is read. 64KiB to 16MiB."`
+	LogLevel    string              `toml:"log_level" comment:"Least level that is logged: debug, info, warn or error."`
+	LogFormat   string              `toml:"log_format" comment:"How log lines look: text or json."`
 	Queue       NotifierQueue       `toml:"queue" comment:"Events that were taken and wait to be worked off."`
+	Nodes       NotifierNodes       `toml:"nodes" comment:"Where the nodes are that prefetch."`
+	Feed        NotifierFeed        `toml:"feed" comment:"Events that were taken, served to other notifiers."`
+	API         NotifierAPI         `toml:"api" comment:"Prefetches by name, for CI systems: /v1/prefetch."`
+	Metrics     NotifierMetrics     `toml:"metrics" comment:"What the notifier counts, for Prometheus."`
 	Receiver    map[string]Receiver `toml:"receiver" comment:"Who may send: one table for each webhook, [receiver.NAME]."`
+	Poll        map[string]Poll     `toml:"poll" comment:"Feeds of other notifiers: one table for each, [poll.NAME]."`
 
 	AllowRegistries []string          `toml:"allow_registries" comment:"Registries whose images may be pulled, as patterns of hosts. Must not be empty."`
 	Registry        NotifierRegistry  `toml:"registry" comment:"How the notifier itself asks registries, where a rule needs it."`
@@ -41,6 +47,7 @@ type NotifierQueue struct {
 	MaxEvents    int      `toml:"max_events" comment:"Most events that wait; further ones are refused, and most registries send them again. 1000 to 1000000."`
 	DedupeWindow Duration `toml:"dedupe_window" comment:"How long an event that comes again is known for one that was taken. 0s to 24h."`
 	RetryFor     Duration `toml:"retry_for" comment:"How long an event is tried before it is given up. 1m to 168h."`
+	Workers      int      `toml:"workers" comment:"How many events are worked on at the same time. 1 to 64."`
 }
 
 // Receiver is one webhook: where it comes in, what it is, and how its sender
@@ -122,15 +129,21 @@ func ReceiverTypes() map[string][]string {
 // DefaultNotifier returns the settings that hold where nothing else is said.
 func DefaultNotifier() Notifier {
 	return Notifier{
-		Listen:  "0.0.0.0:7950",
-		MaxBody: 1 << 20,
+		Listen:    "0.0.0.0:7950",
+		MaxBody:   1 << 20,
+		LogLevel:  "info",
+		LogFormat: "text",
 		Queue: NotifierQueue{
 			File:         "/var/lib/imagewolf-notifier/queue.db",
 			MaxEvents:    100_000,
 			DedupeWindow: Duration(10 * time.Minute),
 			RetryFor:     Duration(24 * time.Hour),
+			Workers:      8,
 		},
+		Nodes:    NotifierNodes{Addresses: []string{DefaultNodeSocket}},
+		Feed:     NotifierFeed{Path: "/feed", History: 10_000},
 		Receiver: map[string]Receiver{},
+		Poll:     map[string]Poll{},
 		Registry: NotifierRegistry{CheckTags: true, Timeout: Duration(15 * time.Second)},
 		Verify:   map[string]Verify{},
 	}
@@ -161,20 +174,7 @@ func (r Receiver) WithDefaults(name string) Receiver {
 
 // ReadSecret returns the receiver's secret, from the setting itself or from its
 // file, or "" when it has none.
-func (r Receiver) ReadSecret() (string, error) {
-	if r.SecretFile == "" {
-		return string(r.Secret), nil
-	}
-	b, err := os.ReadFile(r.SecretFile)
-	if err != nil {
-		return "", err
-	}
-	secret := strings.TrimSpace(string(b))
-	if secret == "" {
-		return "", fmt.Errorf("%s is empty", r.SecretFile)
-	}
-	return secret, nil
-}
+func (r Receiver) ReadSecret() (string, error) { return readSecret(r.Secret, r.SecretFile) }
 
 // notifierFields returns the settings outside of receivers.
 func notifierFields() []Field {
@@ -183,6 +183,9 @@ func notifierFields() []Field {
 
 // receiverFields returns the settings of one receiver.
 func receiverFields(name string) []Field { return fieldsOfTable(Receiver{}, "receiver."+name) }
+
+// pollFields returns the settings of one feed that is polled.
+func pollFields(name string) []Field { return fieldsOfTable(Poll{}, "poll."+name) }
 
 // verifyFields returns the settings of one way to verify.
 func verifyFields(name string) []Field { return fieldsOfTable(Verify{}, "verify."+name) }
@@ -215,7 +218,7 @@ func renamed(fields []Field) []Field {
 func LoadNotifier(s Sources) (Notifier, error) {
 	n := DefaultNotifier()
 	var errs []error
-	t := notifierTables{receiver: map[string]*Receiver{}, verify: map[string]*Verify{}, rule: map[string]*Rule{}}
+	t := notifierTables{receiver: map[string]*Receiver{}, poll: map[string]*Poll{}, verify: map[string]*Verify{}, rule: map[string]*Rule{}}
 	if s.File != "" {
 		b, err := readFile(s.File)
 		switch {
@@ -231,6 +234,11 @@ func LoadNotifier(s Sources) (Notifier, error) {
 		errs = append(errs, s.overlay(receiverFields(name), reflect.ValueOf(r).Elem())...)
 		n.Receiver[name] = r.WithDefaults(name)
 	}
+	for _, name := range slices.Sorted(maps.Keys(t.poll)) {
+		p := t.poll[name]
+		errs = append(errs, s.overlay(pollFields(name), reflect.ValueOf(p).Elem())...)
+		n.Poll[name] = *p
+	}
 	for name, v := range t.verify {
 		n.Verify[name] = *v
 	}
@@ -244,6 +252,7 @@ func LoadNotifier(s Sources) (Notifier, error) {
 // by their number, from 1.
 type notifierTables struct {
 	receiver map[string]*Receiver
+	poll     map[string]*Poll
 	verify   map[string]*Verify
 	rule     map[string]*Rule
 }
@@ -254,6 +263,8 @@ func (t notifierTables) table(kind, name string) ([]Field, reflect.Value) {
 	switch kind {
 	case "receiver":
 		return receiverFields(name), entryOf(t.receiver, name, Receiver{})
+	case "poll":
+		return pollFields(name), entryOf(t.poll, name, Poll{Interval: defaultInterval})
 	case "verify":
 		return verifyFields(name), entryOf(t.verify, name, Verify{Wait: defaultVerifyWait})
 	case "rule":
@@ -288,11 +299,11 @@ func (n *Notifier) decode(name string, doc []byte, t notifierTables) []error {
 			return fields[i], of, true
 		},
 		known: func() []Field {
-			return slices.Concat(notifierFields(), receiverFields("NAME"), verifyFields("NAME"), ruleFields("N"))
+			return slices.Concat(notifierFields(), receiverFields("NAME"), pollFields("NAME"), verifyFields("NAME"), ruleFields("N"))
 		},
 		help: "docs/notifier.md lists every key",
 	}.decode(name, doc, &values)
-	for _, kind := range []string{"receiver", "verify", "rule"} {
+	for _, kind := range []string{"receiver", "poll", "verify", "rule"} {
 		if tables, ok := values[kind].(map[string]any); ok {
 			for name := range tables { // one without a key is one too
 				t.table(kind, name)

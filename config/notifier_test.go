@@ -89,6 +89,32 @@ var badNotifierFiles = map[string][]string{
 		"rule.web.verify: means nothing with skip = true",
 		"rule.web.nodes: means nothing with skip = true",
 	},
+	"tables.bad.toml": {
+		"%s:2:1: unknown key poll.a.urll (did you mean poll.NAME.url?)",
+		"%s:3:1: poll.a.interval: must be text in quotes, not a number",
+		"%s:5:1: nodes.addresses: must be a list",
+		"%s:6:2: unknown key polls.b; docs/notifier.md",
+	},
+	"ways.bad.toml": {
+		"queue.workers: 0 is out of range",
+		"log_level: \"loud\" is none of",
+		"nodes.addresses[0]: \"node-1\": write host:port",
+		"nodes.addresses[1]: \"unix://run/x.sock\": write unix://",
+		"nodes.ca_file: missing: nodes on the network need it",
+		"nodes.token_file: cannot be read",
+		"feed.path: \"feed\": start it with /",
+		"feed.history: 5 is out of range",
+		"feed.token: a token of 5 bytes is too short",
+		"api.token: given beside token_file",
+		"metrics.address: \"8080\" is not host:port",
+		"poll.A: name \"A\"",
+		"poll.A.url: \"http://feed.example/feed/atom\": must be a URL of https",
+		"poll.A.token: no token",
+		"poll.b.url: \"https://user:pass@feed.example/feed/atom\": write https://HOST",
+		"poll.b.ca_file: cannot be read",
+		"poll.b.interval: 1ms is out of range",
+		"receiver.a.path: /v1/prefetch is the path of the notifier itself too",
+	},
 	"receivers.bad.toml": {
 		"receiver.A_b: name \"A_b\"",
 		"receiver.a.type: \"\" is none of acr, aliyun, distribution",
@@ -267,9 +293,9 @@ func TestEveryNotifierKeyIsDocumented(t *testing.T) {
 		t.Fatal(err)
 	}
 	b = append(b, rules...)
-	for _, f := range slices.Concat(notifierFields(), receiverFields("NAME"), verifyFields("NAME"), ruleFields("N")) {
+	for _, f := range slices.Concat(notifierFields(), receiverFields("NAME"), pollFields("NAME"), verifyFields("NAME"), ruleFields("N")) {
 		name := f.Key
-		for _, table := range []string{"receiver.NAME.", "verify.NAME.", "rule.N."} {
+		for _, table := range []string{"receiver.NAME.", "poll.NAME.", "verify.NAME.", "rule.N."} {
 			name = strings.TrimPrefix(name, table)
 		}
 		if !strings.Contains(string(b), "| `"+name+"` |") {
@@ -300,16 +326,22 @@ func FuzzLoadNotifier(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, doc []byte) {
 		n := DefaultNotifier()
-		tables := notifierTables{receiver: map[string]*Receiver{}, verify: map[string]*Verify{}, rule: map[string]*Rule{}}
+		tables := notifierTables{receiver: map[string]*Receiver{}, poll: map[string]*Poll{}, verify: map[string]*Verify{}, rule: map[string]*Rule{}}
 		for _, err := range n.decode("f", doc, tables) {
 			if err != nil && !strings.HasPrefix(err.Error(), "f:") {
 				t.Errorf("error without its place: %v", err)
 			}
 		}
+		// Validate would open files, whatever they are.
 		for name, r := range tables.receiver {
-			r.SecretFile = "" // Validate would open it, whatever it is
+			r.SecretFile = ""
 			n.Receiver[name] = r.WithDefaults(name)
 		}
+		for name, p := range tables.poll {
+			p.TokenFile, p.CAFile = "", ""
+			n.Poll[name] = *p
+		}
+		n.TLSCertFile, n.TLSKeyFile, n.Nodes.CAFile, n.Nodes.TokenFile, n.Feed.TokenFile, n.API.TokenFile = "", "", "", "", "", ""
 		for name, v := range tables.verify {
 			v.Keys, v.TrustPolicy, v.TrustStore = nil, "", ""
 			n.Verify[name] = *v
@@ -321,7 +353,6 @@ func FuzzLoadNotifier(f *testing.F) {
 			}
 			n.Rule = append(n.Rule, *r)
 		}
-		n.TLSCertFile, n.TLSKeyFile = "", ""
 		n.Registry.CAFile, n.Registry.CredentialFiles = "", nil
 		for _, e := range complaints(n.Validate()) {
 			if !strings.Contains(e, ": ") {

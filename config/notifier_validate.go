@@ -51,16 +51,38 @@ func (n Notifier) Validate() error {
 	}
 	p.between("queue.dedupe_window", n.Queue.DedupeWindow, 0, 24*time.Hour)
 	p.between("queue.retry_for", n.Queue.RetryFor, time.Minute, 168*time.Hour)
-	if len(n.Receiver) == 0 {
-		p.add("receiver", "there is none: add a table [receiver.NAME] for each webhook")
+	if n.Queue.Workers < 1 || n.Queue.Workers > 64 {
+		p.add("queue.workers", "%d is out of range: choose 1 to 64", n.Queue.Workers)
+	}
+	p.logging(n.LogLevel, n.LogFormat)
+	p.nodes(n.Nodes)
+	p.feed(n.Feed)
+	if n.API.On() {
+		p.tokens("api", n.API.Token, n.API.TokenFile)
+	}
+	if n.Metrics.Address != "" {
+		p.listen("metrics.address", n.Metrics.Address)
+	}
+	if len(n.Receiver) == 0 && len(n.Poll) == 0 && !n.API.On() {
+		p.add("receiver", "there is none: add a table [receiver.NAME] for each webhook, or [poll.NAME] for each feed, or a token for [api]")
+	}
+	for _, name := range slices.Sorted(maps.Keys(n.Poll)) {
+		p.poll("poll."+name, name, n.Poll[name])
 	}
 	p.rules(n)
 	paths := map[string]string{}
+	for _, own := range n.ownPaths() {
+		paths[own] = "" // the notifier's own
+	}
 	for _, name := range slices.Sorted(maps.Keys(n.Receiver)) {
 		r := n.Receiver[name]
 		p.receiver("receiver."+name, name, r)
 		if before, ok := paths[r.Path]; ok {
-			p.add("receiver."+name+".path", "%s is the path of receiver.%s too: give each its own", r.Path, before)
+			who := "receiver." + before
+			if before == "" {
+				who = "the notifier itself"
+			}
+			p.add("receiver."+name+".path", "%s is the path of %s too: give each its own", r.Path, who)
 		}
 		paths[r.Path] = name
 	}

@@ -46,12 +46,7 @@ func (p *problems) add(key, format string, args ...any) {
 func (c Config) Validate() error {
 	var p problems
 	p.paths(c)
-	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
-		p.add("log_level", "%q is none of debug, info, warn, error", c.LogLevel)
-	}
-	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
-		p.add("log_format", "%q is neither text nor json", c.LogFormat)
-	}
+	p.logging(c.LogLevel, c.LogFormat)
 	p.cluster(c.Cluster)
 	p.identity(c.Cluster)
 	p.rate("swarm.upload_limit", c.Swarm.UploadLimit)
@@ -71,6 +66,15 @@ func (c Config) Validate() error {
 	p.metrics(c)
 	p.nodeAPI(c)
 	return errors.Join(p...)
+}
+
+func (p *problems) logging(level, format string) {
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, level) {
+		p.add("log_level", "%q is none of debug, info, warn, error", level)
+	}
+	if !slices.Contains([]string{"text", "json"}, format) {
+		p.add("log_format", "%q is neither text nor json", format)
+	}
 }
 
 func (p *problems) metrics(c Config) {

@@ -174,3 +174,24 @@ func clip(s string) string {
 	}
 	return strings.ToValidUTF8(s, "?")
 }
+
+// Named returns the push of an image that is named as runtimes name it, with
+// its host, and with a tag or a digest or both.
+func Named(image string) (Event, error) {
+	var e Event
+	if err := e.fromReferences(image); err != nil {
+		return Event{}, err
+	}
+	if err := e.normalize(); err != nil {
+		return Event{}, err
+	}
+	return e, nil
+}
+
+// Check returns the event in its canonical form, or the reason why it leads to
+// nothing, as decoders do. It is for events that came in another way.
+func Check(e Event) Result {
+	var r Result
+	r.push(e)
+	return r
+}

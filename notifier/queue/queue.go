@@ -13,9 +13,12 @@
 //	events   sequence (8 bytes)            JSON of record; the order is that of arrival
 //	seen     hash (16 bytes)               when it was seen: nanoseconds since 1970 (8 bytes)
 //	seen_at  nanoseconds (8), hash (16)    a zero; for throwing away what is old
-//	counts   "events", "seen_at"           how many the bucket has (8 bytes)
+//	counts   "events", "seen_at", "history"  how many the bucket has (8 bytes)
+//	history  sequence (8 bytes)            JSON of record; what was taken last, for the feed
+//	feed     "id", "made"                  of the history: a random text, and nanoseconds (8 bytes)
+//	positions  name of a feed              how far it was read, as its reader writes it
 //
-// Numbers are big-endian. What is due, and how often it was tried, is in memory
+// What is in the history went there with the event, in one transaction. Numbers are big-endian. What is due, and how often it was tried, is in memory
 // only: after a restart everything is due.
 package queue
 
@@ -67,10 +70,12 @@ var (
 // Queue is a file of events. Put and Stats are safe for concurrent use, also
 // with Run, of which there is one at a time.
 type Queue struct {
-	config config.NotifierQueue
-	log    *slog.Logger
-	db     *bbolt.DB
-	wake   chan struct{} // of size 1: something new is due
+	config  config.NotifierQueue
+	history int                    // most events in the history
+	keep    func(event.Event) bool // whether one goes there
+	log     *slog.Logger
+	db      *bbolt.DB
+	wake    chan struct{} // of size 1: something new is due
 
 	mu      sync.Mutex // guards what follows
 	waiting due
@@ -93,11 +98,24 @@ type Stats struct {
 	Nothing map[event.Kind]uint64 // led to nothing, by the reason
 }
 
+// Options are what a queue may be given beside its settings.
+type Options struct {
+	Log *slog.Logger // nil logs nothing
+	// History is how many of the events that were taken are kept for After and
+	// Newest; 0 keeps none, and throws away those that there are.
+	History int
+	// Record says whether an event goes into the history; nil: every one does.
+	Record func(event.Event) bool
+}
+
 // Open opens the queue's file, or makes it, and fails when another process has
-// it open. A nil log logs nothing.
-func Open(c config.NotifierQueue, log *slog.Logger) (*Queue, error) {
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+// it open.
+func Open(c config.NotifierQueue, o Options) (*Queue, error) {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Record == nil {
+		o.Record = func(event.Event) bool { return true }
 	}
 	db, err := bbolt.Open(c.File, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
 	switch {
@@ -107,7 +125,10 @@ func Open(c config.NotifierQueue, log *slog.Logger) (*Queue, error) {
 		return nil, fmt.Errorf("queue.file: %s: %w", c.File, err)
 	}
 	db.MaxBatchDelay = batchDelay
-	q := &Queue{config: c, log: log, db: db, wake: make(chan struct{}, 1), nothing: map[event.Kind]uint64{}}
+	q := &Queue{
+		config: c, history: o.History, keep: o.Record, log: o.Log, db: db,
+		wake: make(chan struct{}, 1), nothing: map[event.Kind]uint64{},
+	}
 	if err := db.Update(q.load); err != nil {
 		return nil, errors.Join(fmt.Errorf("queue.file: %s: %w", c.File, err), db.Close())
 	}
@@ -116,10 +137,13 @@ func Open(c config.NotifierQueue, log *slog.Logger) (*Queue, error) {
 
 // load makes the buckets and takes up what waits.
 func (q *Queue) load(tx *bbolt.Tx) error {
-	for _, name := range [][]byte{eventsBucket, seenBucket, seenAtBucket, countsBucket} {
+	for _, name := range [][]byte{eventsBucket, seenBucket, seenAtBucket, countsBucket, positionsBucket} {
 		if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 			return err
 		}
+	}
+	if err := q.openHistory(tx); err != nil {
+		return err
 	}
 	now := time.Now()
 	return tx.Bucket(eventsBucket).ForEach(func(k, _ []byte) error {
@@ -136,6 +160,14 @@ func (q *Queue) Stats() Stats {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return Stats{Waiting: len(q.waiting), Taken: q.taken, Done: q.done, Nothing: maps.Clone(q.nothing)}
+}
+
+// Count counts something that leads to nothing, of which there is nothing to
+// keep.
+func (q *Queue) Count(why event.Kind) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.nothing[why]++
 }
 
 // Put keeps the result's events, but for those that are known, and counts what
@@ -224,44 +256,106 @@ func (q *Queue) put(tx *bbolt.Tx, events []event.Event, now time.Time) (kept []e
 			return nil, false, err
 		}
 	}
+	if err := q.record(tx, fresh, now); err != nil {
+		return nil, false, err
+	}
 	return kept, false, add(tx, eventsBucket, len(fresh))
 }
 
-// Run hands the events to work, one at a time, in the order in which they came.
-// One whose work fails is tried again after a second, then after twice as long
-// and so on, up to five minutes, until retry_for has passed since it was taken;
-// others go on meanwhile. Run returns nil when the context has ended and work
-// has returned, and an error when the file cannot be written.
+// Run hands the events to work, as many at the same time as the settings say
+// (queue.workers), in the order in which they came. One whose work fails is
+// tried again after a second, then after twice as long and so on, up to five
+// minutes, until retry_for has passed since it was taken; others go on
+// meanwhile. Run returns nil when the context has ended and work has returned,
+// and an error when the file cannot be written.
 func (q *Queue) Run(ctx context.Context, work func(context.Context, event.Event) error) error {
-	var done []uint64 // worked off, and not yet so on disk
-	flushed := time.Now()
-	for {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	r := &run{queue: q, work: work, tried: make(chan attempt), flushed: time.Now()}
+	err := r.loop(ctx)
+	cancel()
+	for r.running > 0 {
+		err = errors.Join(err, r.take(<-r.tried))
+	}
+	return errors.Join(err, q.remove(r.done, nil))
+}
+
+// run is one call of Run; its loop owns it.
+type run struct {
+	queue   *Queue
+	work    func(context.Context, event.Event) error
+	running int
+	tried   chan attempt
+	done    []uint64 // worked off, and not yet so on disk
+	flushed time.Time
+}
+
+// attempt is what became of work on one event.
+type attempt struct {
+	seq  uint64
+	over bool // and can be removed
+	err  error
+}
+
+func (r *run) loop(ctx context.Context) error {
+	for ctx.Err() == nil {
 		var e *entry
 		var wait time.Duration
-		if ctx.Err() == nil {
-			e, wait = q.next()
+		free := r.running < max(1, r.queue.config.Workers)
+		if free {
+			e, wait = r.queue.next()
 		}
-		if len(done) > 0 && (e == nil || len(done) >= flushAt || time.Since(flushed) >= flushAfter) {
-			if err := q.remove(done, nil); err != nil {
+		idle := e == nil && r.running == 0
+		if len(r.done) > 0 && (idle || len(r.done) >= flushAt || time.Since(r.flushed) >= flushAfter) {
+			if err := r.queue.remove(r.done, nil); err != nil {
 				return err
 			}
-			done, flushed = done[:0], time.Now()
+			r.done, r.flushed = r.done[:0], time.Now()
 		}
-		if ctx.Err() != nil {
-			return nil //nolint:nilerr // the context's end is how Run is ended
-		}
-		if e == nil {
-			q.sleep(ctx, wait)
+		if e != nil {
+			r.running++
+			go func() { r.tried <- r.queue.try(ctx, *e, r.work) }()
 			continue
 		}
-		ok, err := q.try(ctx, *e, work)
-		if err != nil {
-			return errors.Join(err, q.remove(done, nil))
-		}
-		if ok {
-			done = append(done, e.seq)
+		if err := r.wait(ctx, free, wait); err != nil {
+			return err
 		}
 	}
+	return nil
+}
+
+// wait returns when an attempt has ended, or when something may be due: if no
+// more can be begun, that is of no interest.
+func (r *run) wait(ctx context.Context, free bool, until time.Duration) error {
+	wake := r.queue.wake
+	if !free {
+		wake, until = nil, 0
+	}
+	if len(r.done) > 0 && (until == 0 || until > flushAfter) {
+		until = flushAfter
+	}
+	var timer <-chan time.Time
+	if until > 0 {
+		t := time.NewTimer(until)
+		defer t.Stop()
+		timer = t.C
+	}
+	select {
+	case <-ctx.Done():
+	case <-wake:
+	case <-timer:
+	case a := <-r.tried:
+		return r.take(a)
+	}
+	return nil
+}
+
+func (r *run) take(a attempt) error {
+	r.running--
+	if a.over {
+		r.done = append(r.done, a.seq)
+	}
+	return a.err
 }
 
 // next takes the entry that is due out of the waiting ones, or says how long
@@ -279,23 +373,8 @@ func (q *Queue) next() (*entry, time.Duration) {
 	return &e, 0
 }
 
-func (q *Queue) sleep(ctx context.Context, wait time.Duration) {
-	var timer <-chan time.Time
-	if wait > 0 {
-		t := time.NewTimer(wait)
-		defer t.Stop()
-		timer = t.C
-	}
-	select {
-	case <-ctx.Done():
-	case <-q.wake:
-	case <-timer:
-	}
-}
-
-// try has one event worked on, and puts it back if that fails. It returns
-// whether the event can be removed.
-func (q *Queue) try(ctx context.Context, e entry, work func(context.Context, event.Event) error) (bool, error) {
+// try has one event worked on, and puts it back if that fails.
+func (q *Queue) try(ctx context.Context, e entry, work func(context.Context, event.Event) error) attempt {
 	var r record
 	err := q.db.View(func(tx *bbolt.Tx) error {
 		return json.Unmarshal(tx.Bucket(eventsBucket).Get(bytesOf(e.seq)), &r)
@@ -303,18 +382,18 @@ func (q *Queue) try(ctx context.Context, e entry, work func(context.Context, eve
 	if err != nil {
 		q.log.Error("an event in the queue cannot be read", "sequence", e.seq, "error", err)
 		q.ended(event.Unreadable)
-		return true, nil
+		return attempt{seq: e.seq, over: true}
 	}
 	err = work(ctx, r.Event)
 	switch {
 	case err == nil:
 		q.ended("")
-		return true, nil
+		return attempt{seq: e.seq, over: true}
 	case ctx.Err() != nil: // it had no chance
 	case time.Since(r.Taken) >= q.config.RetryFor.Duration():
 		q.log.Warn("an event is given up", "image", r.Event.Image(), "receiver", r.Event.Source, "tries", e.tries+1, "error", err)
 		q.ended(GaveUp)
-		return false, q.remove([]uint64{e.seq}, &r.Event)
+		return attempt{seq: e.seq, err: q.remove([]uint64{e.seq}, &r.Event)}
 	default:
 		e.at = time.Now().Add(backoff(e.tries))
 		e.tries++
@@ -323,7 +402,7 @@ func (q *Queue) try(ctx context.Context, e entry, work func(context.Context, eve
 	q.mu.Lock()
 	heap.Push(&q.waiting, e)
 	q.mu.Unlock()
-	return false, nil //nolint:nilerr // the work's error was logged, and the event waits again
+	return attempt{seq: e.seq}
 }
 
 func backoff(tries int) time.Duration {

@@ -29,13 +29,13 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func settings(t *testing.T) config.NotifierQueue {
 	t.Helper()
 	c := config.DefaultNotifier().Queue
-	c.File = filepath.Join(t.TempDir(), "queue.db")
+	c.File, c.Workers = filepath.Join(t.TempDir(), "queue.db"), 1
 	return c
 }
 
 func open(t *testing.T, c config.NotifierQueue) *Queue {
 	t.Helper()
-	q, err := Open(c, nil)
+	q, err := Open(c, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,7 +182,7 @@ func TestFailedWorkIsTriedAgainLaterAndGivenUp(t *testing.T) {
 		c := settings(t)
 		c.RetryFor = config.Duration(20 * time.Minute)
 		var log bytes.Buffer
-		q, err := Open(c, slog.New(slog.NewTextHandler(&log, nil)))
+		q, err := Open(c, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -448,7 +448,7 @@ func TestAnEventThatCannotBeReadIsPassedOver(t *testing.T) {
 func TestAFileThatCannotBeUsed(t *testing.T) {
 	c := settings(t)
 	q := open(t, c)
-	if _, err := Open(c, nil); err == nil || !strings.Contains(err.Error(), "in use by another process") {
+	if _, err := Open(c, Options{}); err == nil || !strings.Contains(err.Error(), "in use by another process") {
 		t.Errorf("a second one: %v", err)
 	}
 	put(t, q, push("a"))
@@ -462,7 +462,7 @@ func TestAFileThatCannotBeUsed(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, file := range []string{c.File, filepath.Join(c.File, "below"), t.TempDir()} {
-		if q, err := Open(config.NotifierQueue{File: file}, nil); err == nil || !strings.HasPrefix(err.Error(), "queue.file: ") {
+		if q, err := Open(config.NotifierQueue{File: file}, Options{}); err == nil || !strings.HasPrefix(err.Error(), "queue.file: ") {
 			q.Close()
 			t.Errorf("%s: %v", file, err)
 		}

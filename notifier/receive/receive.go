@@ -17,6 +17,7 @@ package receive
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -59,6 +60,9 @@ type Options struct {
 	// Transport carries requests of our own: for the keys of OIDC issuers, and
 	// to confirm subscriptions at SNS. Nil is http.DefaultTransport.
 	Transport http.RoundTripper
+	// Wrap returns what Run serves: the receivers, which it is given, and what
+	// else there is. Nil: the receivers.
+	Wrap func(receivers http.Handler) http.Handler
 }
 
 // Handler serves the receivers. It is safe for concurrent use.
@@ -67,6 +71,7 @@ type Handler struct {
 	queue    Queue
 	log      *slog.Logger
 	client   *http.Client
+	served   http.Handler         // by Run
 	exact    map[string]*receiver // by path
 	secret   map[string]*receiver // by path, of those where a secret follows
 	refused  rate.Sometimes       // warnings about senders that are not let in
@@ -100,6 +105,10 @@ func New(c config.Notifier, q Queue, o Options) (*Handler, error) {
 	}
 	if h.log == nil {
 		h.log = slog.New(slog.DiscardHandler)
+	}
+	h.served = h
+	if o.Wrap != nil {
+		h.served = o.Wrap(h)
 	}
 	var errs []error
 	for _, name := range slices.Sorted(maps.Keys(c.Receiver)) {
@@ -137,7 +146,7 @@ func (h *Handler) Run(ctx context.Context, l net.Listener) error {
 		})
 	}
 	s := &http.Server{
-		Handler: h, ReadHeaderTimeout: readTime, ReadTimeout: readTime, WriteTimeout: 2 * readTime, IdleTimeout: 2 * time.Minute,
+		Handler: h.served, ReadHeaderTimeout: readTime, ReadTimeout: readTime, WriteTimeout: 2 * readTime, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelDebug),
 	}
 	ended := make(chan error, 1)
@@ -255,7 +264,10 @@ func (h *Handler) take(w http.ResponseWriter, req *http.Request, r *receiver) {
 		result.Ignored = append(result.Ignored, event.Ignored{Kind: event.Handshake, Reason: "SNS's handshake, confirmed"})
 	}
 	for i := range result.Events {
-		result.Events[i].Source = r.name
+		e := &result.Events[i]
+		// What tells no id of its own gets one, so that whatever is made of the event
+		// has one that is its own, and the same at each try.
+		e.Source, e.DeliveryID = r.name, cmp.Or(e.DeliveryID, rand.Text())
 	}
 	if err := h.queue.Put(ctx, result); err != nil {
 		h.log.WarnContext(ctx, "events are refused", "receiver", r.name, "events", len(result.Events), "error", err)

@@ -9,6 +9,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/internal/build"
 	"github.com/imagewolf/imagewolf/node"
 )
 
@@ -34,7 +35,7 @@ func daemonCommand(makeNode func(config.Config, *slog.Logger) (runner, error)) *
 			if err != nil {
 				return err
 			}
-			log.Info("imagewolf starts", "version", thisBuild().version)
+			log.Info("imagewolf starts", "version", build.Version())
 			return n.Run(c.Context)
 		},
 	}
