@@ -59,6 +59,8 @@ type show struct {
 	ref      string
 	image    *harness.Image // nil with Options.Image
 	cluster  *harness.Cluster
+	notifier *harness.Notifier // nil with Options.Image
+	figures  *report
 }
 
 // Run runs the demo and leaves nothing behind, whatever ends it.
@@ -90,7 +92,15 @@ func Run(ctx context.Context, o Options) (err error) {
 		return err
 	}
 	s.run(ctx)
-	return s.second(ctx)
+	if s.image != nil {
+		if err := s.second(ctx); err != nil {
+			return err
+		}
+		if err := s.prefetch(ctx); err != nil {
+			return err
+		}
+	}
+	return s.figures.write(s.JSON)
 }
 
 func (s *show) say(format string, args ...any) {
@@ -130,7 +140,10 @@ func (s *show) makeImage(ctx context.Context) error {
 	}
 	s.say("Making an image from files of this machine.")
 	var err error
-	if s.registry, err = harness.NewRegistry(s.env); err != nil {
+	if s.notifier, err = harness.NewNotifier(s.env, "notifier"); err != nil {
+		return err
+	}
+	if s.registry, err = harness.NewRegistry(s.env, harness.Webhook{URL: s.notifier.URL(receiver), Token: secret}); err != nil {
 		return err
 	}
 	files, err := harness.RealFiles("/usr/local", "/usr/lib", "/usr/share")
@@ -179,14 +192,10 @@ func (s *show) pull(ctx context.Context) error {
 	if err != nil {
 		return s.failed(ctx, err)
 	}
-	r, err := s.report(ctx, took)
-	if err != nil {
+	if s.figures, err = s.report(ctx, took); err != nil {
 		return err
 	}
-	if err := r.print(s.Out); err != nil {
-		return err
-	}
-	return r.write(s.JSON)
+	return s.figures.print(s.Out)
 }
 
 // failed adds the daemons' logs to an error that is not the user's own ctrl-C.
@@ -218,7 +227,7 @@ func (s *show) run(ctx context.Context) {
 
 // second pulls another image that shares a layer with the first.
 func (s *show) second(ctx context.Context) error {
-	if s.image == nil || ctx.Err() != nil {
+	if ctx.Err() != nil {
 		return ctx.Err()
 	}
 	l, err := harness.NewLayer(s.env, harness.Gzip, harness.Random(16<<20))

@@ -18,6 +18,15 @@ type report struct {
 	ImageBytes     int64        `json:"image_bytes"`
 	RegistryBytes  int64        `json:"registry_bytes"`
 	RegistryCopies float64      `json:"registry_copies"`
+	// Prefetch is absent with an image of the user's.
+	Prefetch *prefetchReport `json:"prefetch,omitempty"`
+}
+
+// prefetchReport is about the image that was pushed while the notifier listened.
+type prefetchReport struct {
+	Nodes          int     `json:"nodes"`
+	Seconds        float64 `json:"seconds"` // from the push to the last node that had unpacked it
+	RegistryCopies float64 `json:"registry_copies"`
 }
 
 type nodeReport struct {

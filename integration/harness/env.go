@@ -23,21 +23,24 @@ const (
 type Binaries struct {
 	// ImageWolf is the imagewolf binary.
 	ImageWolf string
+	// Notifier is the imagewolf-notifier binary.
+	Notifier string
 	// Containerd is the directory that holds one directory
 	// containerd-<version> per version, each with containerd, ctr and
 	// containerd-shim-runc-v2.
 	Containerd string
 }
 
-// FindBinaries takes the places from IMAGEWOLF_BIN and CONTAINERD_BIN (the
-// imagewolf binary, and the directory of containerd-<version> directories), for
-// those that are not set from bin, and makes sure that all of them are there.
+// FindBinaries takes the places from IMAGEWOLF_BIN, IMAGEWOLF_NOTIFIER_BIN (the
+// two binaries) and CONTAINERD_BIN (the directory of containerd-<version>
+// directories), for those that are not set from bin, and makes sure that all of them are there.
 func FindBinaries(bin string, versions ...string) (Binaries, error) {
 	b := Binaries{
 		ImageWolf:  firstOf(os.Getenv("IMAGEWOLF_BIN"), filepath.Join(bin, "imagewolf")),
+		Notifier:   firstOf(os.Getenv("IMAGEWOLF_NOTIFIER_BIN"), filepath.Join(bin, "imagewolf-notifier")),
 		Containerd: firstOf(os.Getenv("CONTAINERD_BIN"), bin),
 	}
-	for _, p := range []*string{&b.ImageWolf, &b.Containerd} {
+	for _, p := range []*string{&b.ImageWolf, &b.Notifier, &b.Containerd} {
 		abs, err := filepath.Abs(*p)
 		if err != nil {
 			return Binaries{}, fmt.Errorf("place of a binary: %w", err)
@@ -45,7 +48,7 @@ func FindBinaries(bin string, versions ...string) (Binaries, error) {
 		*p = abs
 	}
 	var errs []error
-	need := []string{b.ImageWolf}
+	need := []string{b.ImageWolf, b.Notifier}
 	for _, v := range versions {
 		for _, name := range []string{"containerd", "ctr", "containerd-shim-runc-v2"} {
 			need = append(need, b.containerd(v, name))

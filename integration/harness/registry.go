@@ -6,6 +6,8 @@ import (
 	"io"
 	"log"
 	"net"
+	"net/http"
+	"time"
 
 	"github.com/distribution/distribution/v3/configuration"
 	"github.com/distribution/distribution/v3/registry/handlers"
@@ -26,8 +28,12 @@ type Registry struct {
 // Machine, until stop is called, which closes it.
 func (r *Registry) ServeAlso(l net.Listener) (stop func() error) { return r.serveOn(l) }
 
-// NewRegistry starts a registry; the Env's Close stops it.
-func NewRegistry(e *Env) (*Registry, error) {
+// Webhook is where a registry sends its notifications, and the token that it sends.
+type Webhook struct{ URL, Token string }
+
+// NewRegistry starts a registry, which sends notifications to the webhooks; the
+// Env's Close stops it.
+func NewRegistry(e *Env, hooks ...Webhook) (*Registry, error) {
 	dir, err := e.Dir("registry")
 	if err != nil {
 		return nil, err
@@ -46,6 +52,14 @@ func NewRegistry(e *Env) (*Registry, error) {
 	cfg.Log.AccessLog.Disabled = true
 	cfg.Log.Level = "error"
 	cfg.HTTP.Secret = "not one: nobody else can reach it"
+	for i, h := range hooks {
+		// As docs/registries/distribution.md has it.
+		cfg.Notifications.Endpoints = append(cfg.Notifications.Endpoints, configuration.Endpoint{
+			Name: fmt.Sprint("hook", i), URL: h.URL, Headers: http.Header{"Authorization": {"Bearer " + h.Token}},
+			Timeout: 5 * time.Second, Threshold: 5, Backoff: time.Second,
+			Ignore: configuration.Ignore{Actions: []string{"pull"}, MediaTypes: []string{"application/octet-stream"}},
+		})
+	}
 	app := handlers.NewApp(context.Background(), cfg)
 	c := NewCounter(app)
 	host, stop, err := c.serve()
