@@ -135,7 +135,13 @@ func TestBandwidthLimit(t *testing.T) {
 			w.(*writer).committed = true
 			w.Close()
 		})
-		takes("the one after it", 3*time.Second, 5*time.Second, func() { bring(t, j, []byte("small")) })
+		takes("the beginning of the one after it", 3*time.Second, 5*time.Second, func() {
+			w, err := openWriter(t.Context(), j, []byte("small"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			w.Close()
+		})
 
 		front.wants.Store(digest.FromBytes(blob('c')))
 		takes("a blob that somebody waits for", 0, 200*time.Millisecond, func() { bring(t, j, blob('c')) })
@@ -209,8 +215,12 @@ func TestMeter(t *testing.T) {
 		}
 		w.Close()
 		time.Sleep(2 * lookEvery)
-		bring(t, j, b)
-		openWriter(t.Context(), j, b)
+		if err := content.WriteBlob(t.Context(), store, "somebody else's", bytes.NewReader(b), described(b)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := openWriter(t.Context(), j, b); !errdefs.IsAlreadyExists(err) {
+			t.Fatal(err)
+		}
 		time.Sleep(2 * lookEvery)
 		cancel()
 		<-done

@@ -50,7 +50,7 @@ func TestTheEntryThatIsMeant(t *testing.T) {
 			"nothing.example.com": {}
 		}}`,
 		// as .dockercfg has it
-		`{"registry.example.com": `+auth("second", "10")+`, "old.example.com": `+auth("old", "11")+`, "registry.example.com/team/app/deep": `+auth("deep", "12")+`}`,
+		`{"http://registry.example.com": `+auth("second", "10")+`, "old.example.com": `+auth("old", "11")+`, "registry.example.com/team/app/deep": `+auth("deep", "12")+`}`,
 		"", "no JSON", `{"auths":{"x":{"auth":"%%%"}}}`, `[1]`), discard())
 	for _, c := range []struct {
 		host, repository, user, secret string
@@ -133,6 +133,12 @@ func TestFilesAreReadAgainWhenTheyChange(t *testing.T) {
 		t.Errorf("%q after a change", got)
 	}
 	other := write("..data", `{"auths":{"r.example.com":`+auth("six", "s3cret")+`}}`)
+	// Only the inode tells.
+	then := time.Now().Add(time.Hour)
+	if err := errors.Join(os.Chtimes(path, then, then), os.Chtimes(other, then, then)); err != nil {
+		t.Fatal(err)
+	}
+	user()
 	if err := os.Rename(other, path); err != nil {
 		t.Fatal(err)
 	}
@@ -142,6 +148,10 @@ func TestFilesAreReadAgainWhenTheyChange(t *testing.T) {
 	write("config.json", `{"auths":{"r.example.com":{"auth":"czNjcmV0"}}}`) // base64, without a colon
 	if got := user(); got != "" {
 		t.Errorf("%q of a broken file", got)
+	}
+	write("config.json", `{"auths":{"r.example.com":`+auth("seven", "s3cret")+`}}`)
+	if got := user(); got != "seven" {
+		t.Errorf("%q of a file that is whole again", got)
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
@@ -170,14 +180,14 @@ func TestHelpers(t *testing.T) {
 [ "$1" = get ] || exit 2
 read -r server
 case $server in
-helped.example.com|https://index.docker.io/v1/) echo '{"Username":"of '$server'","Secret":"s"}' ;;
+*helped.example.com|https://index.docker.io/v1/) echo '{"Username":"of '$server'","Secret":"s"}' ;;
 token.example.com) echo '{"Username":"<token>","Secret":"refresh"}' ;;
 broken.example.com) echo 's3cret: the vault is closed'; exit 1 ;;
 *) echo 'credentials not found in native keychain'; exit 1 ;;
 esac`)
 	k := New(files(t, `{
-		"auths": {"helped.example.com": `+auth("written", "1")+`, "helped.example.com/team": `+auth("team", "2")+`, "fallback.example.com": `+auth("fallback", "3")+`},
-		"credHelpers": {"helped.example.com": "wolf", "fallback.example.com": "wolf", "broken.example.com": "wolf", "missing.example.com": "no-such", "bad.example.com": "../x"}
+		"auths": {"helped.example.com": `+auth("written", "1")+`, "helped.example.com/team": `+auth("team", "2")+`, "fallback.example.com": `+auth("fallback", "3")+`, "https://zhelped.example.com": `+auth("written", "4")+`},
+		"credHelpers": {"helped.example.com": "wolf", "zhelped.example.com": "wolf", "fallback.example.com": "wolf", "broken.example.com": "wolf", "missing.example.com": "no-such", "bad.example.com": "../x"}
 	}`, `{"credsStore": "wolf"}`), discard())
 	for _, c := range []struct {
 		host, repository, user string
@@ -185,6 +195,7 @@ esac`)
 	}{
 		{"helped.example.com", "x", "of helped.example.com", ""},
 		{"helped.example.com", "team/x", "team", ""},
+		{"zhelped.example.com", "x", "of zhelped.example.com", ""},
 		{"fallback.example.com", "x", "fallback", ""},
 		{"registry-1.docker.io", "library/x", "of https://index.docker.io/v1/", ""},
 		{"token.example.com", "x", "", ""},
