@@ -26,14 +26,16 @@ help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
 
 .PHONY: build
-build: ## build bin/imagewolf, static
-	$(BUILD) -o $(BIN)/imagewolf ./cmd/imagewolf
+build: ## build bin/imagewolf and bin/imagewolf-notifier, static
+	$(BUILD) -o $(BIN)/ ./cmd/imagewolf ./cmd/imagewolf-notifier
 
 .PHONY: cross
 cross: ## build for linux/amd64, linux/arm64 and linux/arm/v7
-	GOOS=linux GOARCH=amd64 $(BUILD) -o $(BIN)/cross/imagewolf-linux-amd64 ./cmd/imagewolf
-	GOOS=linux GOARCH=arm64 $(BUILD) -o $(BIN)/cross/imagewolf-linux-arm64 ./cmd/imagewolf
-	GOOS=linux GOARCH=arm GOARM=7 $(BUILD) -o $(BIN)/cross/imagewolf-linux-armv7 ./cmd/imagewolf
+	for program in imagewolf imagewolf-notifier; do \
+		GOOS=linux GOARCH=amd64 $(BUILD) -o $(BIN)/cross/$$program-linux-amd64 ./cmd/$$program; \
+		GOOS=linux GOARCH=arm64 $(BUILD) -o $(BIN)/cross/$$program-linux-arm64 ./cmd/$$program; \
+		GOOS=linux GOARCH=arm GOARM=7 $(BUILD) -o $(BIN)/cross/$$program-linux-armv7 ./cmd/$$program; \
+	done
 
 .PHONY: test
 test: test-unit test-integration ## run every test; as root

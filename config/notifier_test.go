@@ -306,8 +306,12 @@ func TestEveryNotifierKeyIsDocumented(t *testing.T) {
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(receiverTypes)) {
-		if !strings.Contains(string(b), "type = \""+name+"\"") {
-			t.Errorf("type %s is not in docs/notifier.md", name)
+		page, err := os.ReadFile("../docs/registries/" + name + ".md")
+		if err != nil || !strings.Contains(string(page), "type = \""+name+"\"") {
+			t.Errorf("type %s has no page in docs/registries, or it does not say how to set it: %v", name, err)
+		}
+		if !strings.Contains(string(b), "(registries/"+name+".md)") {
+			t.Errorf("docs/notifier.md does not lead to the page of type %s", name)
 		}
 	}
 }

@@ -39,6 +39,7 @@ type Options struct {
 	Rules    work.Rules
 	Nodes    api.Nodes
 	Listener net.Listener // nil: one at the address of the settings
+	Metrics  net.Listener // nil: one at the address of the settings, if there is one
 }
 
 // Notifier is one notifier. Run is called once.
@@ -89,8 +90,8 @@ func (n *Notifier) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if address := n.settings.Metrics.Address; address != "" {
-		ml, err := listen(ctx, nil, address)
+	if address := n.settings.Metrics.Address; address != "" || n.options.Metrics != nil {
+		ml, err := listen(ctx, n.options.Metrics, address)
 		if err != nil {
 			return errors.Join(fmt.Errorf("metrics.address: %w", err), l.Close())
 		}

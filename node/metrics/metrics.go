@@ -1,6 +1,7 @@
-// Package metrics holds what a node counts, and serves it to Prometheus. It is
-// the only importer of Prometheus' library: the packages that count declare the
-// few methods that they call, and package node hands them what is here.
+// Package metrics holds what a node counts, and serves it to Prometheus. Beside
+// notifier/metrics it is the only importer of Prometheus' library: the packages
+// that count declare the few methods that they call, and package node hands them
+// what is here.
 //
 // No label has a value for each blob or peer: there is no bound on them.
 package metrics

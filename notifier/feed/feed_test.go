@@ -124,7 +124,7 @@ func repositories(events []event.Event) []string {
 }
 
 // get asks the handler as a client would.
-func get(t *testing.T, h http.Handler, path string, head ...string) *http.Response {
+func get(t *testing.T, h http.Handler, path string, head ...string) *httptest.ResponseRecorder {
 	t.Helper()
 	req := httptest.NewRequest(http.MethodGet, path, nil)
 	req.Header.Set("Authorization", "Bearer "+token)
@@ -133,16 +133,7 @@ func get(t *testing.T, h http.Handler, path string, head ...string) *http.Respon
 	}
 	w := httptest.NewRecorder()
 	h.ServeHTTP(w, req)
-	return w.Result()
-}
-
-func text(t *testing.T, r *http.Response) string {
-	t.Helper()
-	b, err := io.ReadAll(r.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
+	return w
 }
 
 func TestForeignReadersSeeWhatWasPushed(t *testing.T) {
@@ -154,9 +145,9 @@ func TestForeignReadersSeeWhatWasPushed(t *testing.T) {
 	n.put(push("apps/web"), docker, odd)
 	for _, kind := range []string{"atom", "rss"} {
 		res := get(t, n.server, "https://feed.example/feed/"+kind)
-		doc := text(t, res)
-		if res.StatusCode != http.StatusOK || res.Header.Get("Content-Type") != "application/"+kind+"+xml; charset=utf-8" {
-			t.Errorf("%s: %d %s", kind, res.StatusCode, res.Header)
+		doc := res.Body.String()
+		if res.Code != http.StatusOK || res.Header().Get("Content-Type") != "application/"+kind+"+xml; charset=utf-8" {
+			t.Errorf("%s: %d %s", kind, res.Code, res.Header())
 		}
 		if err := xml.Unmarshal([]byte(doc), new(any)); err != nil {
 			t.Errorf("%s: %v", kind, err)
@@ -208,9 +199,9 @@ func TestWhoMayReadAndWhatIsAnswered(t *testing.T) {
 		n.put(push("a"))
 		time.Sleep(time.Minute)
 		first := get(t, n.server, "/feed/atom")
-		etag, modified := first.Header.Get("ETag"), first.Header.Get("Last-Modified")
+		etag, modified := first.Header().Get("ETag"), first.Header().Get("Last-Modified")
 		if etag == "" || modified == "" {
-			t.Fatalf("%s", first.Header)
+			t.Fatalf("%s", first.Header())
 		}
 		for _, c := range []struct {
 			path   string
@@ -235,23 +226,23 @@ func TestWhoMayReadAndWhatIsAnswered(t *testing.T) {
 			{"/feed/atom?after=-1", nil, 400},
 			{"/feed/atom?after=x", nil, 400},
 		} {
-			if res := get(t, n.server, c.path, c.head...); res.StatusCode != c.status {
-				t.Errorf("%s %q: %d, should be %d", c.path, c.head, res.StatusCode, c.status)
+			if res := get(t, n.server, c.path, c.head...); res.Code != c.status {
+				t.Errorf("%s %q: %d, should be %d", c.path, c.head, res.Code, c.status)
 			}
 		}
 		// Of two events within a second, the second is not overlooked.
 		n.put(push("b"))
 		second := get(t, n.server, "/feed/atom", "If-None-Match", etag)
-		if second.StatusCode != 200 || second.Header.Get("Last-Modified") != "" {
-			t.Errorf("%d %s", second.StatusCode, second.Header)
+		if second.Code != 200 || second.Header().Get("Last-Modified") != "" {
+			t.Errorf("%d %s", second.Code, second.Header())
 		}
 		n.put(push("c"))
-		if res := get(t, n.server, "/feed/atom", "If-None-Match", second.Header.Get("ETag")); res.StatusCode != 200 {
-			t.Errorf("%d", res.StatusCode)
+		if res := get(t, n.server, "/feed/atom", "If-None-Match", second.Header().Get("ETag")); res.Code != 200 {
+			t.Errorf("%d", res.Code)
 		}
 		time.Sleep(time.Minute)
-		if res := get(t, n.server, "/feed/atom", "If-Modified-Since", modified); res.StatusCode != 200 {
-			t.Errorf("%d", res.StatusCode)
+		if res := get(t, n.server, "/feed/atom", "If-Modified-Since", modified); res.Code != 200 {
+			t.Errorf("%d", res.Code)
 		}
 		req := httptest.NewRequest(http.MethodPost, "/feed/atom", nil)
 		w := httptest.NewRecorder()
@@ -283,8 +274,8 @@ func TestTokensAreReadAgain(t *testing.T) {
 		if err := os.WriteFile(file, []byte(c.content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if res := get(t, n.server, "/feed/atom"); res.StatusCode != c.status {
-			t.Errorf("%q: %d, should be %d", c.content, res.StatusCode, c.status)
+		if res := get(t, n.server, "/feed/atom"); res.Code != c.status {
+			t.Errorf("%q: %d, should be %d", c.content, res.Code, c.status)
 		}
 	}
 }
@@ -590,7 +581,7 @@ func TestBadAnswersAreNamedAndAskedLess(t *testing.T) {
 				w.Header().Set(head[i], head[i+1])
 			}
 			w.WriteHeader(status)
-			fmt.Fprint(w, body)
+			_, _ = io.WriteString(w, body)
 		})
 	}
 	feed := func(history, entries string) string {
@@ -650,7 +641,7 @@ func TestEventsOfAFeedAreChecked(t *testing.T) {
 			`<item><imagewolf:event sequence="2" registry="r.example" repository="../etc" tag="1"/></item>` +
 			`<item><imagewolf:event sequence="3" registry="r.example" repository="c" tag="1" media_type="text/plain"/></item>` +
 			`<item><imagewolf:event sequence="4" registry="r.example" repository="d" digest="sha256:1"/></item></channel></rss>`
-		l := &link{handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, doc) })}
+		l := &link{handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, doc) })}
 		r := newReader(t, here, l, true)
 		time.Sleep(time.Second)
 		r.stop()

@@ -217,10 +217,10 @@ type (
 )
 
 // FeedXml implements feeds.XmlFeed.
-func (f *atomFeed) FeedXml() any { return f } //nolint:revive // the library's name
+func (f *atomFeed) FeedXml() any { return f } //nolint:staticcheck // the library's name
 
 // FeedXml implements feeds.XmlFeed.
-func (f *rssFeed) FeedXml() any { return f } //nolint:revive // the library's name
+func (f *rssFeed) FeedXml() any { return f } //nolint:staticcheck // the library's name
 
 func (d document) atom() ([]byte, error) {
 	f := atomFeed{AtomFeed: (&feeds.Atom{Feed: d.feed}).AtomFeed(), Prefix: Namespace, History: d.history()}
