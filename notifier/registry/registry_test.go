@@ -534,3 +534,32 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+type recorder struct{ got *http.Request }
+
+func (r *recorder) RoundTrip(req *http.Request) (*http.Response, error) {
+	r.got = req
+	return &http.Response{StatusCode: http.StatusOK, Body: http.NoBody, Request: req}, nil
+}
+
+// Whatever the library above does with redirects, credentials do not leave.
+func TestNoCredentialsGoWhereARedirectLeads(t *testing.T) {
+	seen := &recorder{}
+	g := &guard{direct: &recorder{}, foreign: seen}
+	ctx := context.WithValue(t.Context(), targetKey{}, target{"r.example.com", false})
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://storage.example.net/blob", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Response = &http.Response{}
+	req.Header.Set("Authorization", "Bearer abc")
+	req.Header.Set("Cookie", "a=b")
+	resp, err := g.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if len(seen.got.Header) > 0 || req.Header.Get("Authorization") == "" {
+		t.Errorf("sent %v, and the caller's request has %v", seen.got.Header, req.Header)
+	}
+}
