@@ -56,7 +56,7 @@ type Receiver struct {
 	Type            string `toml:"type" comment:"Kind of webhook: acr, aliyun, distribution, dockerhub, ecr, generic, ghcr, gitea, google, harbor, jfrog, nexus, quay or zot."`
 	Path            string `toml:"path" comment:"Path of its URL. Empty: /hooks/ and the receiver's name."`
 	Registry        string `toml:"registry" comment:"Host of the registry, with port if nodes pull with one, for events that name none, or none that can be relied on."`
-	Auth            string `toml:"auth" comment:"How the sender proves who it is: hmac, bearer, basic, header, path or oidc. Empty: what is usual for the type."`
+	Auth            string `toml:"auth" comment:"How the sender proves who it is: hmac, bearer, basic, header, path, oidc or sns. Empty: what is usual for the type."`
 	Secret          Secret `toml:"secret" secret:"true" comment:"What the sender and the notifier both know, at least 16 bytes. Better in secret_file, or in the environment."`
 	SecretFile      string `toml:"secret_file" comment:"File with the secret. Not readable by other users."`
 	Username        string `toml:"username" comment:"User of auth = \"basic\"; the secret is the password."`
@@ -104,7 +104,7 @@ var receiverTypes = map[string]receiverType{
 	"aliyun":       {auth: []string{"path"}},
 	"distribution": {auth: []string{"bearer", "basic", "header", "path"}},
 	"dockerhub":    {auth: []string{"path"}},
-	"ecr":          {auth: []string{"header", "bearer", "basic", "path"}},
+	"ecr":          {auth: []string{"header", "bearer", "basic", "path", "sns"}},
 	"generic":      {auth: []string{"hmac", "oidc", "bearer", "basic", "header", "path"}},
 	"ghcr":         {auth: []string{"hmac"}},
 	"gitea":        {auth: []string{"hmac", "bearer", "header"}},

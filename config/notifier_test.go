@@ -142,6 +142,7 @@ var badNotifierFiles = map[string][]string{
 		"receiver.k.registry: \"http://x\"",
 		"receiver.k.username: means nothing with auth = \"hmac\"",
 		"receiver.k.secret: no secret",
+		"receiver.l.topic_arn: missing",
 	},
 }
 

@@ -190,6 +190,12 @@ func (p *problems) receiverAuth(key string, r Receiver) {
 			p.add(key+".header", "%q: use letters, digits and '-', at most 64", r.Header)
 		}
 	}
+	if r.Auth == "sns" {
+		if r.TopicARN == "" {
+			p.add(key+".topic_arn", "missing: without it any topic could send")
+		}
+		return
+	}
 	where := key + ".secret"
 	switch {
 	case r.Secret != "" && r.SecretFile != "":

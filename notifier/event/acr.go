@@ -8,32 +8,45 @@ import (
 	"strings"
 )
 
+// gridEvent is an event of Event Grid, in its own schema or as a CloudEvent.
+type gridEvent struct {
+	SpecVersion string          `json:"specversion"` // of a CloudEvent, as Type
+	ID          string          `json:"id"`
+	EventType   string          `json:"eventType"`
+	Type        string          `json:"type"`
+	Data        json.RawMessage `json:"data"`
+}
+
 // acr reads the webhooks of Azure Container Registry, one event each, and the
-// arrays of Event Grid (in its own schema) that tell of the same events. A
-// handshake of Event Grid is answered by giving back its code; the URL that it
-// also holds is not asked.
+// events of Event Grid that tell of the same: arrays in its own schema, and
+// CloudEvents, one alone or in an array. A handshake in the body is answered by
+// giving back its code; the URL that it also holds is not asked. That of
+// CloudEvents has no body, and does not come here.
 func acr(d Delivery, r *Result) error {
+	var grid []gridEvent
 	if !bytes.HasPrefix(bytes.TrimSpace(d.Body), []byte("[")) {
-		var e registryEvent
-		if err := unmarshal(d.Body, &e); err != nil {
+		var g gridEvent
+		if err := unmarshal(d.Body, &g); err != nil {
 			return err
 		}
-		e.add(r, cmp.Or(e.Request.Host, d.Registry))
-		return nil
-	}
-	var grid []struct {
-		ID        string          `json:"id"`
-		EventType string          `json:"eventType"`
-		Data      json.RawMessage `json:"data"`
-	}
-	if err := unmarshal(d.Body, &grid); err != nil {
+		if g.SpecVersion == "" {
+			var e registryEvent
+			if err := unmarshal(d.Body, &e); err != nil {
+				return err
+			}
+			e.add(r, cmp.Or(e.Request.Host, d.Registry))
+			return nil
+		}
+		grid = append(grid, g)
+	} else if err := unmarshal(d.Body, &grid); err != nil {
 		return err
 	}
 	for _, g := range grid {
 		if r.full() {
 			break
 		}
-		switch name := g.EventType[strings.LastIndexByte(g.EventType, '.')+1:]; name {
+		kind := cmp.Or(g.EventType, g.Type)
+		switch name := kind[strings.LastIndexByte(kind, '.')+1:]; name {
 		case "ImagePushed", "ImageDeleted":
 			var e registryEvent
 			if err := unmarshal(g.Data, &e); err != nil {
@@ -49,7 +62,7 @@ func acr(d Delivery, r *Result) error {
 				return err
 			}
 		default:
-			r.ignore(Foreign, "foreign event %q", clip(g.EventType))
+			r.ignore(Foreign, "foreign event %q", clip(kind))
 		}
 	}
 	return nil

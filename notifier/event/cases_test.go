@@ -23,6 +23,8 @@ var cases = []struct {
 		`foreign: foreign event "Microsoft.Storage.BlobCreated"`,
 	}},
 	{"acr/grid-push", "", "", []string{"acme.azurecr.io/apps/web:1.4.2@D id 831e1650-001e-001b-66ab-eeb76e069631 at 2026-08-20T09:14:26Z"}},
+	{"acr/cloudevent", "", "", []string{"acme.azurecr.io/apps/web:1.4.2@D id 831e1650-001e-001b-66ab-eeb76e069631 at 2026-08-20T09:14:26Z"}},
+	{"acr/cloudevent-chart", "", "", []string{"not_image: a chart"}},
 	{"acr/ping", "", "", []string{"ping: a ping"}},
 	{"acr/push", "", "", []string{"acme.azurecr.io/apps/web:1.4.2@D id cb8c3971-9adc-488b-bdd8-43cbb4974ff5 at 2026-08-20T09:14:26Z"}},
 	{"acr/push", "hub.example.net:8443", "", []string{"acme.azurecr.io/apps/web:1.4.2@D id cb8c3971-9adc-488b-bdd8-43cbb4974ff5 at 2026-08-20T09:14:26Z"}},

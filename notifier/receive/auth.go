@@ -60,6 +60,13 @@ func (r *receiver) authenticate(client *http.Client) error {
 		r.before = tokenCheck(c, client)
 		return nil
 	}
+	if c.Auth == "sns" {
+		if strings.Count(c.TopicARN, ":") < 5 {
+			return errors.New(".topic_arn: needed: a signature of SNS says nothing without it")
+		}
+		r.signed = newSNSSigned(c.TopicARN, client).check
+		return nil
+	}
 	secret, err := c.ReadSecret()
 	r.config.Secret = "" // only the checks know it from here on
 	switch {

@@ -179,6 +179,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		h.refuse(w, req, r, errors.New("the path's secret is wrong"))
 		return
 	}
+	if shakeHands(w, req, r) {
+		return
+	}
 	if req.Method != http.MethodPost {
 		w.Header().Set("Allow", http.MethodPost)
 		http.Error(w, "webhooks are sent with POST", http.StatusMethodNotAllowed)

@@ -155,8 +155,8 @@ func proof(r config.Receiver, h http.Header, body, secret string) string {
 func TestEveryTypeWithEveryAuthentication(t *testing.T) {
 	for webhook, auths := range config.ReceiverTypes() {
 		for _, auth := range auths {
-			if auth == "oidc" {
-				continue // below
+			if auth == "oidc" || auth == "sns" {
+				continue // have tests of their own
 			}
 			r := config.Receiver{Type: webhook, Auth: auth, Secret: secret, Registry: "registry.example.com"}
 			if auth == "basic" {

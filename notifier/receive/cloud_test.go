@@ -1,0 +1,163 @@
+package receive
+
+import (
+	"crypto"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha1"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"maps"
+	"math/big"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/imagewolf/imagewolf/config"
+)
+
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+func TestSNSSignatures(t *testing.T) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "sns"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := 0
+	client := roundTrip(func(req *http.Request) (*http.Response, error) {
+		asked++
+		w := httptest.NewRecorder()
+		if req.URL.String() != "https://sns.eu-west-1.amazonaws.com/SimpleNotificationService-0a.pem" {
+			t.Errorf("asked %s", req.URL)
+		}
+		if err := pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: der}); err != nil {
+			t.Error(err)
+		}
+		return w.Result(), nil
+	})
+	// The message and its text are written out here, as AWS documents them.
+	const event = `{"id":"1","detail-type":"ECR Image Action","account":"123456789012","region":"eu-west-1","detail":{"result":"SUCCESS","repository-name":"apps/web","action-type":"PUSH","image-tag":"1"}}`
+	now := time.Now().UTC().Format("2006-01-02T15:04:05.000Z")
+	message := func(version string, change map[string]string) string {
+		m := map[string]string{
+			"Type": "Notification", "MessageId": "id", "TopicArn": topic, "Timestamp": now, "Message": event, "Subject": "s",
+			"SignatureVersion": version, "SigningCertURL": "https://sns.eu-west-1.amazonaws.com/SimpleNotificationService-0a.pem",
+		}
+		if old := change["signed.Timestamp"]; old != "" {
+			m["Timestamp"] = old
+		}
+		text := "Message\n" + event + "\nMessageId\nid\nSubject\ns\nTimestamp\n" + m["Timestamp"] + "\nTopicArn\n" + topic + "\nType\nNotification\n"
+		long, short := sha256.Sum256([]byte(text)), sha1.Sum([]byte(text))
+		hash, sum := crypto.SHA256, long[:]
+		if version == "1" {
+			hash, sum = crypto.SHA1, short[:]
+		}
+		s, err := rsa.SignPKCS1v15(rand.Reader, key, hash, sum)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m["Signature"] = base64.StdEncoding.EncodeToString(s)
+		maps.Copy(m, change)
+		b, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	c := config.DefaultNotifier()
+	c.Receiver["r"] = config.Receiver{Type: "ecr", Auth: "sns", TopicARN: topic}.WithDefaults("r")
+	k := &kept{}
+	h, err := New(c, k, Options{Transport: client})
+	if err != nil {
+		t.Fatal(err)
+	}
+	post := func(body string) int {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(http.MethodPost, "/hooks/r", strings.NewReader(body)))
+		return w.Code
+	}
+	for _, version := range []string{"1", "2"} {
+		if code := post(message(version, nil)); code != http.StatusOK {
+			t.Errorf("version %s: %d, %+v", version, code, k.ignored)
+		}
+	}
+	if len(k.events) != 2 || k.events[0].Image() != "123456789012.dkr.ecr.eu-west-1.amazonaws.com/apps/web:1" || asked != 1 {
+		t.Errorf("%+v, asked %d times", k.events, asked)
+	}
+	for name, body := range map[string]string{
+		"changed":    message("2", map[string]string{"Message": strings.Replace(event, "apps/web", "apps/evil", 1)}),
+		"subject":    message("2", map[string]string{"Subject": "other"}),
+		"version":    message("2", map[string]string{"SignatureVersion": "1"}),
+		"no version": message("2", map[string]string{"SignatureVersion": ""}),
+		"unsigned":   message("2", map[string]string{"Signature": ""}),
+		"topic":      message("2", map[string]string{"TopicArn": topic + "2"}),
+		"old":        message("2", map[string]string{"signed.Timestamp": "2020-01-01T00:00:00.000Z"}),
+		"other host": message("2", map[string]string{"SigningCertURL": "https://evil.example/SimpleNotificationService-0a.pem"}),
+		"suffix":     message("2", map[string]string{"SigningCertURL": "https://sns.eu-west-1.amazonaws.com.evil.example/SimpleNotificationService-0a.pem"}),
+		"region":     message("2", map[string]string{"SigningCertURL": "https://sns.us-east-1.amazonaws.com/SimpleNotificationService-0a.pem"}),
+		"user":       message("2", map[string]string{"SigningCertURL": "https://sns.eu-west-1.amazonaws.com@evil.example/SimpleNotificationService-0a.pem"}),
+		"plain":      message("2", map[string]string{"SigningCertURL": "http://sns.eu-west-1.amazonaws.com/SimpleNotificationService-0a.pem"}),
+		"other path": message("2", map[string]string{"SigningCertURL": "https://sns.eu-west-1.amazonaws.com/bucket/x.pem"}),
+		"raw":        event,
+		"broken":     "{",
+	} {
+		if code := post(body); code != http.StatusUnauthorized {
+			t.Errorf("%s: %d", name, code)
+		}
+	}
+	if len(k.events) != 2 || asked != 1 {
+		t.Errorf("%d events, asked %d times", len(k.events), asked)
+	}
+}
+
+func TestHandshakeOfCloudEvents(t *testing.T) {
+	c := config.DefaultNotifier()
+	c.Receiver["a"] = config.Receiver{Type: "acr", Secret: secret}.WithDefaults("a")
+	c.Receiver["p"] = config.Receiver{Type: "acr", Auth: "path", Secret: secret}.WithDefaults("p")
+	c.Receiver["z"] = config.Receiver{Type: "zot", Registry: "z.example", Secret: secret}.WithDefaults("z")
+	k := &kept{}
+	h, err := New(c, k, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []struct {
+		path, from string
+		status     int
+	}{
+		{"/hooks/a", "eventgrid.azure.net", 200},
+		{"/hooks/p/" + secret, "eventgrid.azure.net", 200},
+		{"/hooks/p/wrong", "eventgrid.azure.net", 404},
+		{"/hooks/a", "", 405},
+		{"/hooks/a", "evil\r\nX: y", 405},
+		{"/hooks/z", "eventgrid.azure.net", 405},
+	} {
+		req := httptest.NewRequest(http.MethodOptions, s.path, nil)
+		req.Header.Set("WebHook-Request-Origin", s.from)
+		req.Header.Set("WebHook-Request-Rate", "120")
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, req)
+		if allowed := w.Header().Get("WebHook-Allowed-Origin"); w.Code != s.status || (allowed == s.from) != (s.status == 200 || s.from == "") {
+			t.Errorf("%s %q: %d, allowed %q", s.path, s.from, w.Code, allowed)
+		}
+	}
+	if code := func() int {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(http.MethodPost, "/hooks/a", strings.NewReader("{}")))
+		return w.Code
+	}(); code != http.StatusUnauthorized || len(k.events) != 0 {
+		t.Errorf("a sender that shook hands is let in: %d", code)
+	}
+}
