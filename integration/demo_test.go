@@ -37,6 +37,11 @@ func TestDemo(t *testing.T) {
 				ImageBytes     int64   `json:"image_bytes"`
 				RegistryBytes  int64   `json:"registry_bytes"`
 				RegistryCopies float64 `json:"registry_copies"`
+				Prefetch       *struct {
+					Nodes          int     `json:"nodes"`
+					Seconds        float64 `json:"seconds"`
+					RegistryCopies float64 `json:"registry_copies"`
+				} `json:"prefetch"`
 			}
 			d := json.NewDecoder(bytes.NewReader(data))
 			d.DisallowUnknownFields()
@@ -48,6 +53,9 @@ func TestDemo(t *testing.T) {
 				if n.RegistryBytes+n.PeerBytes != r.ImageBytes || n.Seconds <= 0 || !strings.Contains(out.String(), n.Name) {
 					t.Errorf("figures of %s:\n%s", n.Name, data)
 				}
+			}
+			if p := r.Prefetch; (p != nil) != (ref == "") || p != nil && (p.Nodes != 4 || p.Seconds <= 0 || p.RegistryCopies < 1 || p.RegistryCopies > 1.01) {
+				t.Errorf("figures of the prefetch:\n%s", data)
 			}
 			t.Log(out.String())
 		})

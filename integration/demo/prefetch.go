@@ -26,6 +26,8 @@ func (s *show) prefetch(ctx context.Context) error {
 		addresses += fmt.Sprintf("%q, ", "unix://"+n.Wolf.NodeSocket())
 	}
 	s.notifier.Settings = fmt.Sprintf(`allow_registries = [%q]
+[registry]
+plain_http = [%q]
 [nodes]
 addresses = [%s]
 [receiver.%s]
@@ -35,7 +37,7 @@ secret = %q
 name = "new-tags"
 images = ["%s/demo/next:*"]
 namespace = %q
-`, s.registry.Host, addresses, receiver, secret, s.registry.Host, ns)
+`, s.registry.Host, s.registry.Host, addresses, receiver, secret, s.registry.Host, ns)
 	if err := s.notifier.Start(ctx); err != nil {
 		return err
 	}
