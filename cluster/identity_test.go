@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/hex"
+	"encoding/pem"
 	"slices"
 	"strings"
 	"testing"
@@ -20,6 +21,10 @@ func TestIdentityIsStable(t *testing.T) {
 	}
 	if !bytes.Equal(a.creds.(*derived).issuers[0].ca.Raw, b.creds.(*derived).issuers[0].ca.Raw) {
 		t.Fatal("two nodes with one key have two CAs")
+	}
+	text, err := AuthorityPEM(key)
+	if b, _ := pem.Decode(text); err != nil || b == nil || !bytes.Equal(b.Bytes, a.creds.(*derived).issuers[0].ca.Raw) {
+		t.Errorf("the CA is printed as %s, %v", text, err)
 	}
 	const wantKnock, wantGossip = "8f5846aa4e0dcac47a3a4804a5fe0871", "0a061628b472f16262244599a27d460b491eb98c7df3ed2b5c065e6480ad433e"
 	if got := a.secrets[0].knock; got != wantKnock {

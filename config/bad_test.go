@@ -79,6 +79,17 @@ var badFiles = map[string][]string{
 	"metrics.bad.toml": {
 		"metrics.address: is the same as cluster.gossip_address or cluster.data_address",
 	},
+	"node_api.bad.toml": {
+		"node_api.socket: is the same as socket or containerd_socket",
+		"node_api.socket_mode: \"rw-rw----\" is no mode of a socket",
+		"node_api.address: given without node_api.token_file",
+		"node_api.address: is the same as cluster.gossip_address",
+	},
+	"node_api_files.bad.toml": {
+		"node_api.socket: \"node.sock\" is not an absolute path",
+		"node_api.token_file: cannot be read: open /nonexistent/token: no such file",
+		"node_api.address: \"everywhere\" is not host:port",
+	},
 	"accepted.bad.toml": {
 		"cluster: no identity: set cluster_key_file",
 		"cluster.accepted_cluster_keys: given without cluster_key",

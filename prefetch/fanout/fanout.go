@@ -32,8 +32,8 @@ var errCanceled = errors.New("canceled")
 // Puller pulls one image on this node. Its methods are called concurrently.
 type Puller interface {
 	// Pull returns the digest of what it pulled and unpacked. It calls progress,
-	// which returns at once, as bytes come in. An error that wraps one of the
-	// kinds of package errdefs for bad arguments is not tried again.
+	// which returns at once, as bytes come in. After an error that is errdefs'
+	// InvalidArgument it is not called again, after NotFound once.
 	Pull(ctx context.Context, r *imagewolfv1.PrefetchRequest, progress func(bytes, total int64)) (digest string, err error)
 	// HasRepository says whether the node has an image of the same repository.
 	HasRepository(ctx context.Context, namespace, image string) (bool, error)
@@ -306,7 +306,7 @@ func (f *Fanout) pulled(ctx, timed context.Context, r *record, digest string, er
 		r.state.TimedOut = true
 		f.end(r, imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, outOfTime(r.start.Request, ""), now)
 		return true
-	case r.tries == len(pauses) || final(err):
+	case r.tries >= triesFor(err):
 		f.end(r, imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, err.Error(), now)
 		return true
 	}

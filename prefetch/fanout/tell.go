@@ -26,8 +26,18 @@ const (
 	patience = 5 * time.Second
 )
 
-// final says that a pull fails again however often it is tried.
-func final(err error) bool { return errdefs.IsInvalidArgument(err) }
+// triesFor is how often a pull that fails in such a way is tried again: what is
+// wrong as it is, never; an image that is not there, once, for it may just have
+// been pushed.
+func triesFor(err error) int {
+	switch {
+	case errdefs.IsInvalidArgument(err):
+		return 0
+	case errdefs.IsNotFound(err):
+		return 1
+	}
+	return len(pauses)
+}
 
 // peer is the way to a node, which may be this one.
 func (f *Fanout) peer(name string) (imagewolfv1.PrefetcherClient, error) {
