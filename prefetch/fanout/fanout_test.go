@@ -391,7 +391,7 @@ func TestWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		nodes := w.addAll(3)
-		nodes[1].do = func(ctx context.Context, r *imagewolfv1.PrefetchRequest, progress func(bytes, total int64)) (string, error) {
+		nodes[1].do = func(_ context.Context, _ *imagewolfv1.PrefetchRequest, progress func(bytes, total int64)) (string, error) {
 			for i := range int64(1000) { // far more often than anyone wants to hear
 				progress(i, 1000)
 				time.Sleep(5 * time.Millisecond)
