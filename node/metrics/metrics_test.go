@@ -23,6 +23,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func newMetrics() *Metrics {
 	return New(Now{
 		Members: func() int { return 5 }, TrackerBlobs: func() int { return 6 }, TrackerMembers: func() int { return 7 },
+		PrefetchQueued: func() int { return 8 }, PrefetchPulling: func() int { return 9 },
 	}, "swarm", "gossip")
 }
 
@@ -44,6 +45,12 @@ func TestCounts(t *testing.T) {
 	m.Store().Failed()
 	m.Store().Failed()
 	m.Store().Mismatched()
+	m.Prefetch().Requested()
+	m.Prefetch().Retried()
+	m.Prefetch().Retried()
+	m.Prefetch().Ended("failed")
+	m.Prefetch().Pulled(40)
+	m.Prefetch().Refused()
 	want := map[string]string{
 		"panics_total": `{part="gossip"} 0
 {part="swarm"} 1`,
@@ -56,6 +63,11 @@ func TestCounts(t *testing.T) {
 		"peer_received_bytes_total": " 10", "peer_sent_bytes_total": " 20", "registry_received_bytes_total": " 30",
 		"blobs_completed_total": " 1", "blobs_failed_total": " 2", "digest_mismatches_total": " 1",
 		"tracker_mismatches_total": " 1", "promises_broken_total": " 1", "members": " 5", "tracker_blobs": " 6", "tracker_members": " 7",
+		"prefetch_queued": " 8", "prefetch_pulling": " 9", "prefetch_requests_total": " 1", "prefetch_retries_total": " 2",
+		"prefetch_bytes_total": " 40", "node_api_refused_total": " 1",
+		"prefetch_ended_total": `{result="canceled"} 0
+{result="done"} 0
+{result="failed"} 1`,
 	}
 	told := gathered(t, m)
 	for name, lines := range want {
