@@ -52,7 +52,7 @@ test-unit: ## run the unit tests with the race detector
 
 .PHONY: test-integration
 test-integration: build containerds ## run the tests against real containerd 2.4.2 and 1.7.35; as root
-	@.ci/need ip runc nft mkfs.ext4
+	@.ci/need ip runc nft mkfs.ext4 docker-registry
 	@[ "$$(id -u)" = 0 ] || { echo "the integration tests mount snapshots: run them as root" >&2; exit 1; }
 	cd integration && CGO_ENABLED=0 $(GO) test -timeout 25m $(TESTFLAGS) ./...
 
@@ -60,7 +60,7 @@ test-integration: build containerds ## run the tests against real containerd 2.4
 .PHONY: faults
 faults: export FAULTS = all
 faults: build containerds ## let everything fail that can, the slow ones too; as root, FAULTS_JSON= SOAK= ...
-	@.ci/need ip runc nft mkfs.ext4
+	@.ci/need ip runc nft mkfs.ext4 docker-registry
 	cd integration && CGO_ENABLED=0 $(GO) test -count 1 -timeout 3h -run '$(FAULT_TESTS)' $(TESTFLAGS) .
 FAULT_TESTS := Faults|Liars|Strangers|KeyIsExchanged|DiskIsFull|DiskFullAtEachStep|PowerLoss|SocketIsHeld|RestartInAPull|NamesGone|Soak
 
