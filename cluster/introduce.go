@@ -29,7 +29,8 @@ func (c *Cluster) Dial(ctx context.Context, address, proto string) (net.Conn, er
 	if err != nil {
 		return nil, err
 	}
-	if err := c.recognise(ctx, conn.(*tls.Conn).ConnectionState()); err != nil {
+	state := conn.(*tls.Conn).ConnectionState() //nolint:errcheck // its type is Identity.Dial's promise
+	if err := c.recognise(ctx, state); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", address, err), conn.Close())
 	}
 	return conn, nil
@@ -71,7 +72,8 @@ func (m memberCredentials) ClientHandshake(ctx context.Context, authority string
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := m.cluster.recognise(ctx, info.(credentials.TLSInfo).State); err != nil {
+	state := info.(credentials.TLSInfo).State //nolint:errcheck // its type is that of credentials.NewTLS
+	if err := m.cluster.recognise(ctx, state); err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("%s: %w", raw.RemoteAddr(), err), conn.Close())
 	}
 	return conn, info, nil
