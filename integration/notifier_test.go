@@ -24,11 +24,11 @@ type audience struct {
 	registry *harness.Registry
 }
 
-// gather starts the nodes of a registry.
-func gather(ctx context.Context, t *testing.T, name string, r *harness.Registry) *audience {
+// gather starts the nodes of a registry, with a version of containerd.
+func gather(ctx context.Context, t *testing.T, name, version string, r *harness.Registry) *audience {
 	t.Helper()
 	hosts := map[string]string{r.Host: "http://" + r.Host}
-	c, err := harness.NewCluster(ctx, env, harness.ClusterOptions{Name: name, Nodes: 4, Version: harness.V2, Hosts: hosts})
+	c, err := harness.NewCluster(ctx, env, harness.ClusterOptions{Name: name, Nodes: 4, Version: version, Hosts: hosts})
 	must(t, err)
 	t.Cleanup(func() { must(t, c.Close()) })
 	for i, n := range c.Nodes {
@@ -145,7 +145,7 @@ func TestPushIsHeard(t *testing.T) {
 			must(t, err)
 			r, err := start(ctx, harness.Webhook{URL: n.URL("registry"), Token: hookSecret})
 			must(t, err)
-			a := gather(ctx, t, short, r)
+			a := gather(ctx, t, short, harness.V2, r)
 			n.Settings = notifier(t, short+"m", r.Host, a.Nodes, webhook).Settings
 			must(t, n.Start(ctx))
 			a.hears(ctx, t, n)
@@ -155,7 +155,7 @@ func TestPushIsHeard(t *testing.T) {
 }
 
 // TestPushIsHeardThroughAFeed: a cluster that lets nothing in asks the feed of
-// another notifier, which alone hears the registry.
+// another notifier, which alone hears the registry. Its nodes have containerd 1.7.
 func TestPushIsHeardThroughAFeed(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -163,7 +163,7 @@ func TestPushIsHeardThroughAFeed(t *testing.T) {
 	must(t, err)
 	r, err := harness.NewRegistry(env, harness.Webhook{URL: outer.URL("registry"), Token: hookSecret})
 	must(t, err)
-	a := gather(ctx, t, "feed", r)
+	a := gather(ctx, t, "feed", harness.V17, r)
 	outer.Settings = fmt.Sprintf("allow_registries = [%q]\n%s\n[feed]\ntoken = %q\n[[rule]]\nname = \"none\"\nimages = [\"**\"]\nskip = true\n", r.Host, webhook, feedToken)
 	must(t, outer.Start(ctx))
 	inner := notifier(t, "inner", r.Host, a.Nodes, fmt.Sprintf(
