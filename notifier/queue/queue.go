@@ -54,9 +54,8 @@ const (
 const (
 	firstRetry = time.Second // doubled with every try
 	lastRetry  = 5 * time.Minute
-	flushAfter = time.Second          // how long it may take until on disk is what is done
-	flushAt    = 256                  // and how many that may be
-	batchDelay = 2 * time.Millisecond // how long a Put waits for others to share its fsync
+	flushAfter = time.Second // how long it may take until on disk is what is done
+	flushAt    = 256         // and how many that may be
 	lockWait   = 500 * time.Millisecond
 )
 
@@ -75,6 +74,7 @@ type Queue struct {
 	keep    func(event.Event) bool // whether one goes there
 	log     *slog.Logger
 	db      *bbolt.DB
+	puts    *commits
 	wake    chan struct{} // of size 1: something new is due
 
 	mu      sync.Mutex // guards what follows
@@ -124,9 +124,8 @@ func Open(c config.NotifierQueue, o Options) (*Queue, error) {
 	case err != nil:
 		return nil, fmt.Errorf("queue.file: %s: %w", c.File, err)
 	}
-	db.MaxBatchDelay = batchDelay
 	q := &Queue{
-		config: c, history: o.History, keep: o.Record, log: o.Log, db: db,
+		config: c, history: o.History, keep: o.Record, log: o.Log, db: db, puts: newCommits(db.Update),
 		wake: make(chan struct{}, 1), nothing: map[event.Kind]uint64{},
 	}
 	if err := db.Update(q.load); err != nil {
@@ -177,7 +176,7 @@ func (q *Queue) Put(_ context.Context, r event.Result) error {
 	var kept []entry
 	var full bool
 	if len(r.Events) > 0 {
-		err := q.db.Batch(func(tx *bbolt.Tx) error { // may be called more than once
+		err := q.puts.commit(func(tx *bbolt.Tx) error {
 			var err error
 			kept, full, err = q.put(tx, r.Events, time.Now())
 			return err

@@ -26,7 +26,9 @@ type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-func TestSNSSignatures(t *testing.T) {
+// snsKey makes a key, and a certificate of it as SNS has them (DER).
+func snsKey(t *testing.T) (*rsa.PrivateKey, []byte) {
+	t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		t.Fatal(err)
@@ -36,6 +38,11 @@ func TestSNSSignatures(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return key, der
+}
+
+func TestSNSSignatures(t *testing.T) {
+	key, der := snsKey(t)
 	asked := 0
 	client := roundTrip(func(req *http.Request) (*http.Response, error) {
 		asked++
@@ -120,6 +127,81 @@ func TestSNSSignatures(t *testing.T) {
 	}
 	if len(k.events) != 2 || asked != 1 {
 		t.Errorf("%d events, asked %d times", len(k.events), asked)
+	}
+}
+
+// Of a confirmation other fields are signed than of a notification, and they are
+// written out here, as AWS documents them.
+func TestSNSConfirmationsAreSigned(t *testing.T) {
+	const token, host = "2336412f37fb687f5d51e6e2425c464d", "https://sns.eu-west-1.amazonaws.com/"
+	const subscribe = host + "?Action=ConfirmSubscription&TopicArn=" + topic + "&Token=" + token
+	key, der := snsKey(t)
+	confirmed := 0
+	client := roundTrip(func(req *http.Request) (*http.Response, error) {
+		w := httptest.NewRecorder()
+		switch req.URL.Path {
+		case "/SimpleNotificationService-0a.pem":
+			if err := pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: der}); err != nil {
+				t.Error(err)
+			}
+		default:
+			if q := req.URL.Query(); q.Get("Action") != "ConfirmSubscription" || q.Get("Token") != token || q.Get("TopicArn") != topic {
+				t.Errorf("asked %s", req.URL)
+			}
+			confirmed++
+		}
+		return w.Result(), nil
+	})
+	c := config.DefaultNotifier()
+	c.Receiver["r"] = config.Receiver{Type: "ecr", Auth: "sns", TopicARN: topic}.WithDefaults("r")
+	now := time.Now().UTC().Format("2006-01-02T15:04:05.000Z")
+	message := "You have chosen to subscribe to the topic " + topic + "."
+	signed := "Message\n" + message + "\nMessageId\nid\nSubscribeURL\n" + subscribe + "\nTimestamp\n" + now + "\nToken\n" + token +
+		"\nTopicArn\n" + topic + "\nType\nSubscriptionConfirmation\n"
+	asNotification := "Message\n" + message + "\nMessageId\nid\nTimestamp\n" + now + "\nTopicArn\n" + topic + "\nType\nSubscriptionConfirmation\n"
+	for _, s := range []struct {
+		name, text, change, to string
+		ok                     bool
+	}{
+		{"right", signed, "", "", true},
+		{"signed as a notification", asNotification, "", "", false},
+		{"another token", signed, "Token", "00" + token[2:], false},
+		{"another URL", signed, "SubscribeURL", subscribe + "&AuthenticateOnUnsubscribe=true", false},
+		{"another message", signed, "Message", "x", false},
+		{"another type", signed, "Type", "UnsubscribeConfirmation", false},
+		{"another topic", signed, "TopicArn", topic + "2", false},
+		{"another time", signed, "Timestamp", time.Now().UTC().Add(time.Minute).Format(time.RFC3339), false},
+		{"no signature", signed, "Signature", "", false},
+	} {
+		sum := sha256.Sum256([]byte(s.text))
+		signature, err := rsa.SignPKCS1v15(rand.Reader, key, crypto.SHA256, sum[:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := map[string]string{
+			"Type": "SubscriptionConfirmation", "MessageId": "id", "TopicArn": topic, "Timestamp": now, "Message": message, "Token": token,
+			"SubscribeURL": subscribe, "SignatureVersion": "2", "SigningCertURL": host + "SimpleNotificationService-0a.pem",
+			"Signature": base64.StdEncoding.EncodeToString(signature),
+		}
+		if s.change != "" {
+			m[s.change] = s.to
+		}
+		body, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k := &kept{}
+		h, err := New(c, k, Options{Transport: client})
+		if err != nil {
+			t.Fatal(err)
+		}
+		confirmed = 0
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/hooks/r", strings.NewReader(string(body))))
+		want := map[bool]int{true: http.StatusOK, false: http.StatusUnauthorized}[s.ok]
+		if w.Code != want || (confirmed == 1) != s.ok || len(k.events) != 0 {
+			t.Errorf("%s: %d, confirmed %d times, kept %+v", s.name, w.Code, confirmed, k.events)
+		}
 	}
 }
 

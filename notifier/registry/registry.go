@@ -93,7 +93,7 @@ func (r *Registry) Resolve(ctx context.Context, repo Repo, tag string) (digest.D
 	}
 	d, err := remote.Manifests().Resolve(ctx, tag)
 	if err != nil {
-		return "", told(err)
+		return "", told(repo, err)
 	}
 	return d.Digest, nil
 }
@@ -111,7 +111,7 @@ func (r *Registry) Manifest(ctx context.Context, repo Repo, d digest.Digest) (*M
 	}
 	desc, body, err := remote.Manifests().FetchReference(ctx, d.String())
 	if err != nil {
-		return nil, told(err)
+		return nil, told(repo, err)
 	}
 	defer body.Close() //nolint:errcheck // only read
 	if desc.Size > maxManifest {
@@ -148,7 +148,7 @@ func (r *Registry) Blob(ctx context.Context, repo Repo, desc ocispec.Descriptor)
 	}
 	body, err := remote.Blobs().Fetch(ctx, desc)
 	if err != nil {
-		return nil, told(err)
+		return nil, told(repo, err)
 	}
 	defer body.Close() //nolint:errcheck // only read
 	b, err := content.ReadAll(body, desc)
@@ -174,7 +174,7 @@ func (r *Registry) Referrers(ctx context.Context, repo Repo, d digest.Digest, ar
 		return nil
 	})
 	if err != nil {
-		return nil, told(err)
+		return nil, told(repo, err)
 	}
 	return out, nil
 }
@@ -202,11 +202,11 @@ func Passing(err error) bool {
 }
 
 // told gives errors of the library the kinds of this package.
-func told(err error) error {
+func told(repo Repo, err error) error {
 	if errors.Is(err, errdef.ErrNotFound) {
 		return fmt.Errorf("%w: %w", ErrNotFound, err)
 	}
-	return err
+	return explain(repo.Host, err)
 }
 
 var errAway = errors.New("did not answer a moment ago")
@@ -230,7 +230,10 @@ func (s scoped) Do(req *http.Request) (*http.Response, error) {
 		err == nil && (resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable):
 		s.r.setAway(s.to.host)
 	}
-	return resp, err
+	if err != nil {
+		return resp, explain(s.to.host, err) // also for the libraries that have the client
+	}
+	return resp, nil
 }
 
 func (r *Registry) isAway(host string) bool {

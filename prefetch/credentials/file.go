@@ -95,6 +95,9 @@ func parse(data []byte) (*state, error) {
 		return s, errors.New("not of the form of Docker's config.json: an entry of \"auths\" is no base64 of user:password, or a field is of another type")
 	}
 	for key, helper := range c.CredentialHelpers {
+		if helper == "" { // Docker asks none then: what is written down counts
+			continue
+		}
 		s.entries = append(s.entries, entry{pattern: parsePattern(key), key: key, helper: helper})
 	}
 	for key, a := range c.AuthConfigs {

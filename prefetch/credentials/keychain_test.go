@@ -229,6 +229,17 @@ func TestCredentialsAreNotPrinted(t *testing.T) {
 	}
 }
 
+// An empty helper is none: it must not stand for an empty credential.
+func TestAHelperWithoutANameIsNone(t *testing.T) {
+	k := New(files(t, `{"auths":{"r.example.com":`+auth("joe", "s")+`},"credHelpers":{"r.example.com":"","other.example.com":""}}`), discard())
+	if c, err := k.Lookup(t.Context(), "r.example.com", "x"); err != nil || c.Username != "joe" {
+		t.Errorf("%v, %v", c, err)
+	}
+	if c, err := k.Lookup(t.Context(), "other.example.com", "x"); !errors.Is(err, ErrNone) {
+		t.Errorf("%v, %v", c, err)
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(`{"auths":{"registry.example.com/team":` + auth("a", "b") + `},"credHelpers":{"x":"y"},"credsStore":"z"}`))
 	f.Add([]byte(`{"registry.example.com":` + auth("a", "b") + `}`))
