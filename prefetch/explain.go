@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/url"
 	"path"
+	"regexp"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -32,6 +33,28 @@ func forPlatform(err error, spec ocispec.Platform) error {
 	// containerd has no kind of its own for it.
 	if errdefs.IsNotFound(err) && strings.Contains(err.Error(), "no match for platform") {
 		return platformError{platforms.FormatAll(spec), err}
+	}
+	return err
+}
+
+// query is what follows the path in a URL within a text.
+var query = regexp.MustCompile(`(https?://[^\s"?]+)\?[^\s"]*`)
+
+// quiet is an error with a text of its own.
+type quiet struct {
+	text string
+	error
+}
+
+func (q *quiet) Error() string { return q.text }
+func (q *quiet) Unwrap() error { return q.error }
+
+// withoutQueries leaves out of an error's text what a registry adds to the URL of
+// the storage that it sends its clients to: for some minutes it is the right to read.
+func withoutQueries(err error) error {
+	text := err.Error()
+	if safe := query.ReplaceAllString(text, "$1"); safe != text {
+		return &quiet{safe, err}
 	}
 	return err
 }

@@ -111,7 +111,7 @@ func (p *Puller) Pull(ctx context.Context, r Request, progress func(Progress)) (
 	}
 	res, err := p.pull(ctx, r, t, progress)
 	if err != nil {
-		return Result{}, fmt.Errorf("prefetch %s: %w", t, err)
+		return Result{}, fmt.Errorf("prefetch %s: %w", t, withoutQueries(err))
 	}
 	return res, nil
 }
