@@ -135,6 +135,8 @@ func (f *Fanout) Run(ctx context.Context) (err error) {
 func (f *Fanout) schedule(ctx context.Context, crashed <-chan error) error {
 	var pulls sync.WaitGroup
 	defer pulls.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // after a crash nothing else ends the pulls
 	for {
 		next, dirty := f.step(ctx, time.Now(), &pulls)
 		if len(dirty) > 0 {
