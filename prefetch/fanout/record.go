@@ -56,6 +56,7 @@ type record struct {
 
 // newRecord makes a record, and the names in it one with those in others.
 func newRecord(start *imagewolfv1.StartRequest, born time.Time, self string) *record {
+	dropUnknown(start, start.Request, start.Request.Nodes)
 	for i, n := range start.Nodes {
 		start.Nodes[i] = unique.Make(n).Value()
 	}
@@ -69,6 +70,15 @@ func newRecord(start *imagewolfv1.StartRequest, born time.Time, self string) *re
 		r.waits = c > 0 && uint64(r.index) >= uint64(c)
 	}
 	return r
+}
+
+// dropUnknown takes out of messages what no check knows the size of.
+func dropUnknown(messages ...proto.Message) {
+	for _, m := range messages {
+		if r := m.ProtoReflect(); len(r.GetUnknown()) > 0 {
+			r.SetUnknown(nil)
+		}
+	}
 }
 
 func (r *record) id() string { return r.start.Request.Id }
