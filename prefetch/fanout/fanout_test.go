@@ -577,6 +577,30 @@ func TestStartChecksWhatAMemberSays(t *testing.T) {
 	})
 }
 
+// One that was not told of a request hears that it is canceled from another node
+// than the one that took it, which does not know yet.
+func TestCancelOvertakesTheRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		pick := map[string]string{"pick": "me"}
+		a, b, c := w.add("a", nil), w.add("b", pick), w.add("c", pick)
+		c.set(func() { c.do = pause(time.Hour) })
+		b.set(func() { b.deaf = true })
+		id := prefetchOn(t, a, &imagewolfv1.PrefetchRequest{Image: image, Nodes: &imagewolfv1.NodeSelection{Labels: "pick"}}).Request.Id
+		a.set(func() { a.deaf = true })
+		b.set(func() { b.deaf = false })
+		if _, err := c.Node().CancelPrefetch(t.Context(), &imagewolfv1.CancelPrefetchRequest{Id: id}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		if len(b.images()) != 0 {
+			t.Errorf("b pulled %q", b.images())
+		}
+		a.set(func() { a.deaf = false })
+		wants(t, c, id, "b:canceled c:canceled")
+	})
+}
+
 // One that lies about states is not believed more than can be.
 func TestLyingMemberIsPutRight(t *testing.T) {
 	answer := &imagewolfv1.ReportResponse{

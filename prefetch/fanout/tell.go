@@ -86,6 +86,10 @@ func (f *Fanout) tell(ctx context.Context, r *record, nodes []string) (silent []
 			_, err = p.Cancel(ctx, &imagewolfv1.CancelPrefetchRequest{Id: r.id()})
 			if status.Code(err) == codes.NotFound { // it was never told
 				err = nil
+				if position(r.start.Nodes, name) >= 0 {
+					// The node that took the request may not know yet, and tell it to start.
+					_, err = p.Start(ctx, start)
+				}
 			}
 		} else {
 			_, err = p.Start(ctx, start)
