@@ -30,6 +30,10 @@ import (
 // MinToken is the least length of a token, in bytes.
 const MinToken = 16
 
+// maxAnswer bounds what a node may answer, in bytes. The state of a node is some
+// 150 bytes, so that a hundred requests of a thousand nodes are 15 MB.
+const maxAnswer = 256 << 20
+
 // unixScheme begins the address of a unix socket.
 const unixScheme = "unix://"
 
@@ -96,6 +100,7 @@ func Dial(o Options) (*Client, error) {
 		grpc.WithTransportCredentials(transport{caFile: o.CAFile}),
 		grpc.WithPerRPCCredentials(token{file: o.TokenFile}),
 		grpc.WithAuthority("imagewolf"),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingEvery, Timeout: pingTimeout}),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},

@@ -44,7 +44,13 @@ func (s *server) Prefetch(ctx context.Context, in *imagewolfv1.PrefetchRequest) 
 	if in.Image == "again" && len(s.ids) == 1 {
 		return nil, status.Error(codes.Unavailable, "on its way out")
 	}
-	return &imagewolfv1.PrefetchStatus{Request: in}, nil
+	st := &imagewolfv1.PrefetchStatus{Request: in}
+	if in.Image == "on many nodes" {
+		for range 50_000 {
+			st.Nodes = append(st.Nodes, &imagewolfv1.NodePrefetch{Node: strings.Repeat("n", 100)})
+		}
+	}
+	return st, nil
 }
 
 func (s *server) serve(t *testing.T, l net.Listener, opts ...grpc.ServerOption) {
@@ -153,6 +159,18 @@ func TestRepeatedRequestKeepsItsID(t *testing.T) {
 	}
 	if len(s.ids) != 2 || s.ids[0] == "" || s.ids[0] != s.ids[1] || st.Request.Id != s.ids[0] || in.Id != "" {
 		t.Errorf("ids %q, answer %v, request %v", s.ids, st, in)
+	}
+}
+
+// gRPC alone would take 4 MiB: less than the requests of a large cluster.
+func TestLongAnswerIsTaken(t *testing.T) {
+	var s server
+	path := filepath.Join(t.TempDir(), "s")
+	s.serve(t, listen(t, "unix", path))
+	c := newClient(t, Options{Addresses: []string{"unix://" + path}})
+	st, err := c.Prefetch(t.Context(), &imagewolfv1.PrefetchRequest{Image: "on many nodes"}, grpc.WaitForReady(true))
+	if err != nil || len(st.Nodes) != 50_000 {
+		t.Errorf("%d nodes, %v", len(st.GetNodes()), err)
 	}
 }
 
