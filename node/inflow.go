@@ -24,6 +24,8 @@ const (
 	quietFor = 500 * time.Millisecond
 	// sampleEvery is the least time between two looks at them.
 	sampleEvery = 500 * time.Millisecond
+	// lookAgain is after which time a look that failed is tried again.
+	lookAgain = 10 * sampleEvery
 	// inflowLately is within which time bytes must have come in, and inflowLeast how
 	// many: more than what keeps a connection alive.
 	inflowLately = 2 * time.Second
@@ -45,8 +47,8 @@ type inflow struct {
 	connections func() (map[uint32]uint64, error) // bytes received, by socket
 
 	mu      sync.Mutex
-	samples []sample // guarded by mu; oldest first
-	failed  bool     // guarded by mu; that it cannot be known was logged
+	samples []sample  // guarded by mu; oldest first
+	failed  time.Time // guarded by mu; when it could not be known; zero: it could
 }
 
 type sample struct {
@@ -93,16 +95,18 @@ func (f *inflow) look(now time.Time) {
 	if n := len(f.samples); n > 0 && now.Sub(f.samples[n-1].at) < sampleEvery {
 		return
 	}
-	received, err := f.connections()
-	if err != nil {
-		if !f.failed {
-			f.failed = true
-			f.log.Info("whether a slow registry sends anything is not known: a second node is sent to it sooner", "err", err)
-		}
-		f.samples = nil
+	if !f.failed.IsZero() && now.Sub(f.failed) < lookAgain { // it may be many connections, and a look at them costs
 		return
 	}
-	f.failed = false
+	received, err := f.connections()
+	if err != nil {
+		if f.failed.IsZero() {
+			f.log.Info("whether a slow registry sends anything is not known: a second node is sent to it sooner", "err", err)
+		}
+		f.samples, f.failed = nil, now
+		return
+	}
+	f.failed = time.Time{}
 	f.samples = append(f.samples, sample{now, received})
 	for now.Sub(f.samples[0].at) > inflowSpan {
 		f.samples = f.samples[1:]
