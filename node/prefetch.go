@@ -26,6 +26,9 @@ const prefetchRetry = 5 * time.Second
 // nobody uses: a node that takes requests would otherwise keep one to each.
 const restAfter = time.Minute
 
+// tidyFrom is the least number of connections that are looked through.
+const tidyFrom = 64
+
 var errNoCluster = errors.New("the cluster's side of this node is down: see its log")
 
 // newFanout returns the node's part in prefetches.
@@ -124,13 +127,14 @@ func (m members) Peer(name string) (imagewolfv1.PrefetcherClient, error) {
 }
 
 // prefetchers are the connections to members for what they are asked about
-// prefetches: one to each that was asked, until it is a member no more.
+// prefetches: one to each that was asked, until some time after it has left.
 type prefetchers struct {
 	cluster *cluster.Cluster
 	options []grpc.DialOption
 
 	mu     sync.Mutex
 	byName map[string]connection // guarded by mu
+	tidyAt int                   // guarded by mu; so many connections are looked through for those to nobody
 	closed bool                  // guarded by mu
 }
 
@@ -142,7 +146,7 @@ type connection struct {
 
 func newPrefetchers(c *cluster.Cluster, options []grpc.DialOption) *prefetchers {
 	return &prefetchers{
-		cluster: c, byName: map[string]connection{},
+		cluster: c, byName: map[string]connection{}, tidyAt: tidyFrom,
 		options: append(options, grpc.WithIdleTimeout(restAfter), grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: pingEvery, Timeout: pingTimeout,
 		})),
@@ -171,10 +175,26 @@ func (p *prefetchers) to(name string) (imagewolfv1.PrefetcherClient, error) {
 		if err != nil {
 			return nil, fmt.Errorf("node %s: %w", name, err)
 		}
+		p.tidy()
 		c = connection{m.Address, conn}
 		p.byName[name] = c
 	}
 	return imagewolfv1.NewPrefetcherClient(c.conn), nil
+}
+
+// tidy ends the connections to those that are no members any more, once there are
+// twice as many as were left the last time. p.mu must be held.
+func (p *prefetchers) tidy() {
+	if len(p.byName) < p.tidyAt {
+		return
+	}
+	for name, c := range p.byName {
+		if _, ok := p.cluster.Member(name); !ok {
+			delete(p.byName, name)
+			_ = c.conn.Close() // nobody is there any more
+		}
+	}
+	p.tidyAt = max(tidyFrom, 2*len(p.byName))
 }
 
 // close ends all connections.
