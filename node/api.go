@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 
 	"github.com/imagewolf/imagewolf/api/nodeapi"
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
@@ -30,6 +31,7 @@ const (
 	apiRetry     = 5 * time.Second // before a socket or an address is listened on again
 	apiHandshake = 5 * time.Second
 	apiMessage   = 64 << 10    // bytes of one request
+	apiHeaders   = 16 << 10    // bytes of what comes before it, the token among it
 	apiStreams   = 128         // calls at the same time on one connection
 	apiConns     = 256         // connections of the network at the same time
 	apiIdle      = time.Minute // that a connection stays without a call
@@ -62,7 +64,7 @@ func (n *Node) runAPI(ctx context.Context, setting string, listen func(ctx conte
 // when it returns.
 func (n *Node) serveAPI(ctx context.Context, l net.Listener, opts ...grpc.ServerOption) error {
 	srv := grpc.NewServer(append([]grpc.ServerOption{
-		grpc.MaxRecvMsgSize(apiMessage), grpc.MaxConcurrentStreams(apiStreams), grpc.ConnectionTimeout(apiHandshake),
+		grpc.MaxRecvMsgSize(apiMessage), grpc.MaxHeaderListSize(apiHeaders), grpc.MaxConcurrentStreams(apiStreams), grpc.ConnectionTimeout(apiHandshake),
 		grpc.WaitForHandlers(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout, MaxConnectionIdle: apiIdle}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingEvery / 2}),
@@ -134,18 +136,8 @@ func (n *Node) networkOptions() []grpc.ServerOption {
 	b := bearer{file: n.cfg.NodeAPI.TokenFile, refused: n.metrics.Prefetch().Refused}
 	return []grpc.ServerOption{
 		grpc.Creds(credentials.NewTLS(n.identity.OpenTLS())),
-		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
-			if err := b.check(ctx); err != nil {
-				return nil, err
-			}
-			return h(ctx, req)
-		}),
-		grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
-			if err := b.check(ss.Context()); err != nil {
-				return err
-			}
-			return h(srv, ss)
-		}),
+		// Before the request itself is read: who has no token makes the node hold nothing.
+		grpc.InTapHandle(func(ctx context.Context, _ *tap.Info) (context.Context, error) { return ctx, b.check(ctx) }),
 	}
 }
 
