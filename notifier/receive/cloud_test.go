@@ -11,6 +11,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"maps"
 	"math/big"
 	"net/http"
@@ -201,6 +202,44 @@ func TestSNSConfirmationsAreSigned(t *testing.T) {
 		want := map[bool]int{true: http.StatusOK, false: http.StatusUnauthorized}[s.ok]
 		if w.Code != want || (confirmed == 1) != s.ok || len(k.events) != 0 {
 			t.Errorf("%s: %d, confirmed %d times, kept %+v", s.name, w.Code, confirmed, k.events)
+		}
+	}
+}
+
+// SNS gives up what is answered with 401, and repeats what is answered with 503.
+func TestAnSNSCertificateThatCannotBeHadNow(t *testing.T) {
+	const at = "https://sns.eu-west-1.amazonaws.com/SimpleNotificationService-0a.pem"
+	body, err := json.Marshal(map[string]string{
+		"Type": "Notification", "MessageId": "id", "TopicArn": topic, "Timestamp": time.Now().UTC().Format(time.RFC3339), "Message": "{}",
+		"SignatureVersion": "2", "SigningCertURL": at, "Signature": base64.StdEncoding.EncodeToString([]byte("x")),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		status, want int // a status of 0: nothing answers
+	}{
+		"away": {0, http.StatusServiceUnavailable}, "failing": {http.StatusBadGateway, http.StatusServiceUnavailable},
+		"busy": {http.StatusTooManyRequests, http.StatusServiceUnavailable}, "none there": {http.StatusNotFound, http.StatusUnauthorized},
+	} {
+		settings := config.DefaultNotifier()
+		settings.Receiver["r"] = config.Receiver{Type: "ecr", Auth: "sns", TopicARN: topic}.WithDefaults("r")
+		k := &kept{}
+		h, err := New(settings, k, Options{Transport: roundTrip(func(*http.Request) (*http.Response, error) {
+			if c.status == 0 {
+				return nil, errors.New("no way there")
+			}
+			w := httptest.NewRecorder()
+			w.WriteHeader(c.status)
+			return w.Result(), nil
+		})})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(http.MethodPost, "/hooks/r", strings.NewReader(string(body))))
+		if w.Code != c.want || len(k.events) != 0 {
+			t.Errorf("%s: %d, want %d; kept %+v", name, w.Code, c.want, k.events)
 		}
 	}
 }

@@ -8,7 +8,8 @@
 //	400  a body that cannot be read, 413 one that is too large; 200 to those
 //	     senders that would otherwise repeat it without end and send nothing else
 //	401  who sends did not prove who it is; 404 where the path is the proof
-//	503  the queue takes no more, or a subscription could not be confirmed: later
+//	503  the queue takes no more, or SNS could not be asked for its certificate or
+//	     to confirm a subscription: later
 //
 // Secrets, signatures, tokens and bodies are not logged, nor are URLs, which
 // may hold a secret.
@@ -246,7 +247,15 @@ func (h *Handler) take(w http.ResponseWriter, req *http.Request, r *receiver) {
 		return
 	}
 	if r.signed != nil {
-		if err := r.signed(req, body); err != nil {
+		err := r.signed(req, body)
+		switch {
+		case errors.Is(err, errNotNow):
+			h.refused.Do(func() {
+				h.log.WarnContext(ctx, "whether a sender is who it should be cannot be found out now", "receiver", r.name, "error", err)
+			})
+			later(w, "the signature cannot be checked now")
+			return
+		case err != nil:
 			h.refuse(w, req, r, err)
 			return
 		}

@@ -28,6 +28,10 @@ const (
 	snsFor   = 2 * time.Hour // how old a message may be: SNS tries for one
 )
 
+// errNotNow is the error of what could not be found out: who sends may be who it
+// should be, and SNS sends nothing again that was answered with 401.
+var errNotNow = errors.New("cannot be had now")
+
 var snsCertPath = regexp.MustCompile(`^/SimpleNotificationService-[0-9a-zA-Z]{1,64}\.pem$`)
 
 // snsMessage is what of a message is signed, and how.
@@ -129,7 +133,7 @@ func (s *snsSigned) cert(ctx context.Context, at string) (*x509.Certificate, err
 		return c, nil
 	}
 	if !s.limit.Allow() {
-		return nil, errors.New("asked for too often")
+		return nil, fmt.Errorf("%w: asked for too often", errNotNow)
 	}
 	ctx, cancel := context.WithTimeout(ctx, outTime)
 	defer cancel()
@@ -139,15 +143,18 @@ func (s *snsSigned) cert(ctx context.Context, at string) (*x509.Certificate, err
 	}
 	res, err := s.client.Do(req)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errNotNow, err)
 	}
 	defer res.Body.Close() //nolint:errcheck // only read
-	if res.StatusCode != http.StatusOK {
+	switch {
+	case res.StatusCode >= http.StatusInternalServerError || res.StatusCode == http.StatusTooManyRequests:
+		return nil, fmt.Errorf("%w: %s answered %d", errNotNow, host, res.StatusCode)
+	case res.StatusCode != http.StatusOK:
 		return nil, fmt.Errorf("%s answered %d", host, res.StatusCode)
 	}
 	b, err := io.ReadAll(io.LimitReader(res.Body, maxCert))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errNotNow, err)
 	}
 	block, _ := pem.Decode(b)
 	if block == nil {
