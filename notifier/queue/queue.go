@@ -6,12 +6,13 @@
 // Events that come again within a while are known and kept once: by delivery,
 // for senders send again what they got no answer to, and by content, for a push
 // of an image with many platforms and tags tells of the same digest many times.
-// The same digest with a tag that is new is not the same event.
+// The same digest with a tag that is new is not the same event, nor is a tag that
+// is moved back to a digest that it had before.
 //
 // Everything is in one bbolt file:
 //
 //	events   sequence (8 bytes)            JSON of record; the order is that of arrival
-//	seen     hash (16 bytes)               when it was seen: nanoseconds since 1970 (8 bytes)
+//	seen     hash (16 bytes)               when it was seen: nanoseconds since 1970 (8 bytes); of a tag, then its digest
 //	seen_at  nanoseconds (8), hash (16)    a zero; for throwing away what is old
 //	counts   "events", "seen_at", "history"  how many the bucket has (8 bytes)
 //	history  sequence (8 bytes)            JSON of record; what was taken last, for the feed
@@ -30,6 +31,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -222,15 +224,20 @@ func (q *Queue) put(tx *bbolt.Tx, events []event.Event, now time.Time) (kept []e
 		return nil, false, err
 	}
 	var fresh []event.Event
-	here := map[key]bool{} // known from this delivery
+	here := map[key]mark{} // known from this delivery
 	for _, e := range events {
 		known, marks := keys(e)
-		if s.knows(known) || here[known[0]] || here[known[1]] {
+		if slices.ContainsFunc(known[:], func(k mark) bool {
+			if last, told := here[k.key]; told {
+				return last == k
+			}
+			return s.knows(k)
+		}) {
 			continue
 		}
 		fresh = append(fresh, e)
 		for _, k := range marks {
-			here[k] = true
+			here[k.key] = k
 		}
 	}
 	if len(fresh) > 0 && count(tx, eventsBucket)+len(fresh) > q.config.MaxEvents {
@@ -434,7 +441,7 @@ func (q *Queue) remove(seqs []uint64, forget *event.Event) error {
 		if forget != nil {
 			_, marks := keys(*forget)
 			for _, k := range marks {
-				if err := tx.Bucket(seenBucket).Delete(k[:]); err != nil {
+				if err := tx.Bucket(seenBucket).Delete(k.key[:]); err != nil {
 					return err
 				}
 			}

@@ -318,6 +318,27 @@ func TestWhichEventsAreTheSame(t *testing.T) {
 	}
 }
 
+// A tag that is moved back is no duplicate: nodes have it where it was in between.
+func TestATagThatIsMovedBackIsTaken(t *testing.T) {
+	pushed := func(id, of string) event.Event {
+		e := push("a")
+		e.DeliveryID, e.Digest = id, digest.FromString(of)
+		return e
+	}
+	all := []event.Event{pushed("1", "old"), pushed("2", "new"), pushed("3", "old"), pushed("4", "old"), pushed("2", "new")}
+	for name, bodies := range map[string][][]event.Event{
+		"each alone": {all[:1], all[1:2], all[2:3], all[3:4], all[4:]}, "in one body": {all}, "in two": {all[:2], all[2:]},
+	} {
+		q := open(t, settings(t))
+		for _, b := range bodies {
+			put(t, q, b...)
+		}
+		if st := q.Stats(); st.Waiting != 3 || st.Nothing[Duplicate] != 2 {
+			t.Errorf("%s: %+v", name, st)
+		}
+	}
+}
+
 func TestAFullQueueRefusesAllOfADelivery(t *testing.T) {
 	c := settings(t)
 	c.MaxEvents = 3

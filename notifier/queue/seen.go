@@ -29,23 +29,30 @@ func keyOf(parts ...string) key {
 	return key(h.Sum(nil))
 }
 
+// mark is what is kept in mind of an event: a key, and for a tag the digest that
+// it pointed to last, which must be the same for an event to be known by it.
+type mark struct {
+	key
+	digest string
+}
+
 // keys returns by what an event is known if it was seen before, and what to
 // keep in mind of it. An event of a digest without a tag is known from one that
-// had a tag too. One without a digest is known by its delivery only: the tag may
+// had a tag too. A tag is known with its last digest only: one that is moved back
+// was moved. An event without a digest is known by its delivery only: the tag may
 // have been pushed anew. A key that there is none of is zero.
-func keys(e event.Event) (known [2]key, marks []key) {
+func keys(e event.Event) (known [2]mark, marks []mark) {
 	if e.DeliveryID != "" {
-		known[0] = keyOf("delivery", e.Source, e.DeliveryID, e.Image())
+		known[0] = mark{key: keyOf("delivery", e.Source, e.DeliveryID, e.Image())}
 		marks = append(marks, known[0])
 	}
 	if e.Digest != "" {
-		content := func(tag string) key {
-			return keyOf("content", e.Registry, e.Repository, e.Digest.String(), tag)
-		}
-		known[1] = content(e.Tag)
-		marks = append(marks, known[1])
+		content := mark{key: keyOf("content", e.Registry, e.Repository, e.Digest.String(), "")}
+		known[1] = content
+		marks = append(marks, content)
 		if e.Tag != "" {
-			marks = append(marks, content(""))
+			known[1] = mark{keyOf("tag", e.Registry, e.Repository, e.Tag), e.Digest.String()}
+			marks = append(marks, known[1])
 		}
 	}
 	return known, marks
@@ -73,30 +80,26 @@ func (m memory) fresh(then uint64) bool {
 	return m.now.Sub(time.Unix(0, int64(then))).Abs() < m.window
 }
 
-func (m memory) knows(keys [2]key) bool {
-	for _, k := range keys {
-		if v := m.seen.Get(k[:]); v != nil && m.fresh(number(v)) {
-			return true
-		}
-	}
-	return false
+func (m memory) knows(k mark) bool {
+	v := m.seen.Get(k.key[:])
+	return len(v) >= 8 && m.fresh(number(v)) && string(v[8:]) == k.digest
 }
 
-func (m memory) mark(keys []key) error {
+func (m memory) mark(marks []mark) error {
 	if m.window == 0 {
 		return nil
 	}
 	now := bytesOf(uint64(m.now.UnixNano()))
 	added := 0
-	for _, k := range keys {
-		at := append(append([]byte{}, now...), k[:]...)
+	for _, k := range marks {
+		at := append(append([]byte{}, now...), k.key[:]...)
 		if m.at.Get(at) == nil {
 			added++
 		}
 		if err := m.at.Put(at, []byte{0}); err != nil { // an empty value is read as none before it is on disk
 			return err
 		}
-		if err := m.seen.Put(k[:], now); err != nil {
+		if err := m.seen.Put(k.key[:], append(append([]byte{}, now...), k.digest...)); err != nil {
 			return err
 		}
 	}
