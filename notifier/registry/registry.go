@@ -15,6 +15,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strings"
 	"sync"
 	"time"
 
@@ -224,6 +225,7 @@ func (s scoped) Do(req *http.Request) (*http.Response, error) {
 	}
 	ctx := context.WithValue(req.Context(), targetKey{}, s.to)
 	resp, err := s.r.authClient().Do(req.WithContext(ctx))
+	withoutQueries(resp, err)
 	var refused *refusedError
 	switch {
 	case err != nil && !errors.As(err, &refused) && !errors.Is(err, ErrInvalid) && !errors.Is(err, context.Canceled),
@@ -234,6 +236,21 @@ func (s scoped) Do(req *http.Request) (*http.Response, error) {
 		return resp, explain(s.to.host, err) // also for the libraries that have the client
 	}
 	return resp, nil
+}
+
+// withoutQueries takes the queries out of URLs that errors will name: those that
+// registries redirect to have signatures in them, by which anyone may read.
+func withoutQueries(resp *http.Response, err error) {
+	var way *url.Error
+	if errors.As(err, &way) {
+		way.URL, _, _ = strings.Cut(way.URL, "?")
+	}
+	if err == nil && resp.StatusCode >= http.StatusBadRequest && resp.Request != nil && resp.Request.Response != nil {
+		u := *resp.Request.URL
+		u.RawQuery = ""
+		resp.Request = resp.Request.Clone(resp.Request.Context())
+		resp.Request.URL = &u
+	}
 }
 
 func (r *Registry) isAway(host string) bool {

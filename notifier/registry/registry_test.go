@@ -563,3 +563,34 @@ func TestNoCredentialsGoWhereARedirectLeads(t *testing.T) {
 		t.Errorf("sent %v, and the caller's request has %v", seen.got.Header, req.Header)
 	}
 }
+
+// Where a registry redirects to is a URL that anyone who has it may read.
+func TestErrorsHaveNoSignatureOfAURL(t *testing.T) {
+	s := newServer(t, false)
+	d := digest.FromString("x")
+	s.on("/v2/apps/web/blobs/"+d.String(), func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, "https://storage.example.net/blob?X-Signature=abc", http.StatusTemporaryRedirect)
+	})
+	for name, answers := range map[string]func(*http.Request) (*http.Response, error){
+		"away": func(*http.Request) (*http.Response, error) { return nil, errors.New("no way there") },
+		"refuses": func(req *http.Request) (*http.Response, error) {
+			return &http.Response{StatusCode: http.StatusForbidden, Body: http.NoBody, Request: req}, nil
+		},
+	} {
+		r := s.client(t, config.NotifierRegistry{})
+		g := r.http.Transport.(*guard)
+		kept := g.foreign
+		g.foreign = &elsewhere{answers}
+		_, err := r.Blob(t.Context(), s.repo(), ocispec.Descriptor{Digest: d, Size: 1})
+		g.foreign = kept
+		if err == nil || strings.Contains(err.Error(), "abc") || !strings.Contains(err.Error(), "https://storage.example.net/blob") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+type elsewhere struct {
+	answer func(*http.Request) (*http.Response, error)
+}
+
+func (e *elsewhere) RoundTrip(req *http.Request) (*http.Response, error) { return e.answer(req) }
