@@ -176,16 +176,20 @@ func (q *Queue) Count(why event.Kind) {
 // ErrFull, none is kept.
 func (q *Queue) Put(_ context.Context, r event.Result) error {
 	var kept []entry
+	var again []event.Event
 	var full bool
 	if len(r.Events) > 0 {
 		err := q.puts.commit(func(tx *bbolt.Tx) error {
 			var err error
-			kept, full, err = q.put(tx, r.Events, time.Now())
+			kept, again, full, err = q.put(tx, r.Events, time.Now())
 			return err
 		})
 		if err != nil {
 			return fmt.Errorf("queue.file: %w", err)
 		}
+	}
+	for _, e := range again {
+		q.log.Debug("an event leads to nothing", "kind", string(Duplicate), "image", e.Image(), "receiver", e.Source, "delivery", e.DeliveryID)
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -218,10 +222,10 @@ func (q *Queue) signal() {
 
 // put writes those events that are not known, if all of them have room. An
 // error undoes the transaction, which is others' too: being full is none.
-func (q *Queue) put(tx *bbolt.Tx, events []event.Event, now time.Time) (kept []entry, full bool, err error) {
+func (q *Queue) put(tx *bbolt.Tx, events []event.Event, now time.Time) (kept []entry, again []event.Event, full bool, err error) {
 	s := q.memory(tx, now)
 	if err := s.prune(); err != nil {
-		return nil, false, err
+		return nil, nil, false, err
 	}
 	var fresh []event.Event
 	here := map[key]mark{} // known from this delivery
@@ -233,6 +237,7 @@ func (q *Queue) put(tx *bbolt.Tx, events []event.Event, now time.Time) (kept []e
 			}
 			return s.knows(k)
 		}) {
+			again = append(again, e)
 			continue
 		}
 		fresh = append(fresh, e)
@@ -241,31 +246,31 @@ func (q *Queue) put(tx *bbolt.Tx, events []event.Event, now time.Time) (kept []e
 		}
 	}
 	if len(fresh) > 0 && count(tx, eventsBucket)+len(fresh) > q.config.MaxEvents {
-		return nil, true, nil
+		return nil, nil, true, nil
 	}
 	b := tx.Bucket(eventsBucket)
 	for _, e := range fresh {
 		seq, err := b.NextSequence()
 		if err != nil {
-			return nil, false, err
+			return nil, nil, false, err
 		}
 		v, err := json.Marshal(record{Event: e, Taken: now})
 		if err != nil {
-			return nil, false, err
+			return nil, nil, false, err
 		}
 		if err := b.Put(bytesOf(seq), v); err != nil {
-			return nil, false, err
+			return nil, nil, false, err
 		}
 		kept = append(kept, entry{at: now, seq: seq})
 		_, marks := keys(e)
 		if err := s.mark(marks); err != nil {
-			return nil, false, err
+			return nil, nil, false, err
 		}
 	}
 	if err := q.record(tx, fresh, now); err != nil {
-		return nil, false, err
+		return nil, nil, false, err
 	}
-	return kept, false, add(tx, eventsBucket, len(fresh))
+	return kept, again, false, add(tx, eventsBucket, len(fresh))
 }
 
 // Run hands the events to work, as many at the same time as the settings say

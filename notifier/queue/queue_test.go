@@ -339,6 +339,20 @@ func TestATagThatIsMovedBackIsTaken(t *testing.T) {
 	}
 }
 
+func TestTheLogHasDuplicates(t *testing.T) {
+	var log bytes.Buffer
+	q, err := Open(settings(t), Options{Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	put(t, q, push("a"), push("b"))
+	put(t, q, push("b"))
+	if s := log.String(); strings.Count(s, "\n") != 1 || !strings.Contains(s, "kind=duplicate image=r.example/b:1") {
+		t.Errorf("%s", s)
+	}
+}
+
 func TestAFullQueueRefusesAllOfADelivery(t *testing.T) {
 	c := settings(t)
 	c.MaxEvents = 3
