@@ -98,7 +98,8 @@ func read(body []byte) (wish, event.Event, error) {
 
 func (w wish) requestID() string { return idPrefix + w.ID }
 
-// narrow takes away of what a rule asks for what is not wished.
+// narrow takes away of what a rule asks for what is not wished. Referrers alone can
+// be wished for besides.
 func (w wish) narrow(r *imagewolfv1.PrefetchRequest) error {
 	if len(w.Platforms) > 0 {
 		for _, p := range w.Platforms {
