@@ -108,6 +108,15 @@ func (p *problem) Error() string { return p.text }
 // limited answers who has the token, and not too many at once.
 func (h *Handler) limited(slots chan struct{}, serve func(*http.Request, []byte) (int, any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, req *http.Request) {
+		// Whoever sends no signature of a body can be told from a stranger before
+		// anything of it is waited for.
+		byBody := req.Method != http.MethodGet && req.Header.Get("X-Signature") != ""
+		if !byBody {
+			if err := h.authenticate(req, nil); err != nil {
+				h.fail(w, req, err)
+				return
+			}
+		}
 		select {
 		case slots <- struct{}{}:
 			defer func() { <-slots }()
@@ -125,9 +134,11 @@ func (h *Handler) limited(slots chan struct{}, serve func(*http.Request, []byte)
 			h.fail(w, req, &problem{http.StatusBadRequest, "the body broke off"})
 			return
 		}
-		if err := h.authenticate(req, body); err != nil {
-			h.fail(w, req, err)
-			return
+		if byBody {
+			if err := h.authenticate(req, body); err != nil {
+				h.fail(w, req, err)
+				return
+			}
 		}
 		// The server's own bounds are for webhooks: an answer may take longer here.
 		control := http.NewResponseController(w)

@@ -452,6 +452,27 @@ func TestTooManyAtOnceAreSentAway(t *testing.T) {
 	})
 }
 
+// unread is a body that a stranger sends, and that nobody waits for.
+type unread struct{ t *testing.T }
+
+func (u unread) Read([]byte) (int, error) {
+	u.t.Error("the body was read")
+	return 0, io.EOF
+}
+
+// Strangers take no place of those who have a token.
+func TestStrangersAreSentAwayUnread(t *testing.T) {
+	h, _ := handler(newCluster(), web)
+	for _, token := range []string{"", "Bearer wrong"} {
+		req := httptest.NewRequest(http.MethodPost, "/v1/prefetch", unread{t})
+		req.Header.Set("Authorization", token)
+		w := httptest.NewRecorder()
+		if h.ServeHTTP(w, req); w.Code != http.StatusUnauthorized {
+			t.Errorf("%q: %d %s", token, w.Code, w.Body)
+		}
+	}
+}
+
 func FuzzRead(f *testing.F) {
 	f.Add([]byte(`{"image": "r.example/a:1@` + d1.String() + `", "digest": "` + d1.String() + `", "id": "x", "platforms": ["linux/arm64"],` +
 		` "nodes": {"labels": "zone=a", "count": 2, "percent": 50, "running_repository": true}, "referrers": true, "timeout": "10m"}`))

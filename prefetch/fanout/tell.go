@@ -148,16 +148,21 @@ func (f *Fanout) tellAll(ctx context.Context) {
 		g.SetLimit(followAtOnce)
 		for r, nodes := range jobs {
 			g.Go(func() error {
-				silent := f.tell(ctx, r, nodes)
-				mu.Lock()
-				defer mu.Unlock()
-				for _, n := range silent {
-					again[n] = time.Now().Add(tellAgain)
-				}
-				return nil
+				return f.o.Guard(func() error {
+					silent := f.tell(ctx, r, nodes)
+					mu.Lock()
+					defer mu.Unlock()
+					for _, n := range silent {
+						again[n] = time.Now().Add(tellAgain)
+					}
+					return nil
+				})
 			})
 		}
-		_ = g.Wait() //nolint:errcheck // nothing in it fails
+		if err := g.Wait(); err != nil {
+			f.o.Log.Error("panic while nodes were told of prefetches", "err", err)
+			left = true
+		}
 		var wait <-chan time.Time
 		if left {
 			wait = time.After(tellAgain / 3)
@@ -203,16 +208,20 @@ func (f *Fanout) followAll(ctx context.Context) {
 		waiting := f.waiting()
 		for _, r := range waiting {
 			g.Go(func() error {
-				if f.turn(ctx, r) {
-					f.mu.Lock()
-					r.waits, r.state.Reason = false, ""
-					f.mu.Unlock()
-					f.signal()
-				}
-				return nil
+				return f.o.Guard(func() error {
+					if f.turn(ctx, r) {
+						f.mu.Lock()
+						r.waits, r.state.Reason = false, ""
+						f.mu.Unlock()
+						f.signal()
+					}
+					return nil
+				})
 			})
 		}
-		_ = g.Wait() //nolint:errcheck // nothing in it fails
+		if err := g.Wait(); err != nil {
+			f.o.Log.Error("panic while a prefetch's turn was asked for", "err", err)
+		}
 		var wait <-chan time.Time
 		if len(waiting) > 0 {
 			wait = time.After(followEvery)
