@@ -587,6 +587,7 @@ func TestCancelOvertakesTheRequest(t *testing.T) {
 		c.set(func() { c.do = pause(time.Hour) })
 		b.set(func() { b.deaf = true })
 		id := prefetchOn(t, a, &imagewolfv1.PrefetchRequest{Image: image, Nodes: &imagewolfv1.NodeSelection{Labels: "pick"}}).Request.Id
+		synctest.Wait() // a tells b once more, at once: that one is to be lost, too
 		a.set(func() { a.deaf = true })
 		b.set(func() { b.deaf = false })
 		if _, err := c.Node().CancelPrefetch(t.Context(), &imagewolfv1.CancelPrefetchRequest{Id: id}); err != nil {
