@@ -73,10 +73,12 @@ type segment struct {
 	pieces []byte
 	hash   metainfo.Hash
 
+	sent   atomic.Int64     // when a byte of it was last read for a peer, as sinceStart has it; 0: never
 	t      *torrent.Torrent // guarded by blob.mu; nil once dropped
 	peers  []string         // guarded by blob.mu; where to download from
 	begun  time.Time        // guarded by blob.mu; when peers were first handed in
 	parted bool             // guarded by blob.mu; whole, and no connection is left that is of no use
+	joined atomic.Int64     // when somebody last connected, as sinceStart has it; 0: never
 
 	// guarded by blob.acct: when a chunk last came, who sent chunks of each piece
 	// that is not checked yet, which pieces were checked and good, and which

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/anacrolix/torrent"
+	"github.com/anacrolix/torrent/metainfo"
 )
 
 const (
@@ -15,6 +16,9 @@ const (
 	// maxBad is how many bad pieces a peer may have had a part in, beyond the
 	// good ones, before it is banned whoever else had a part in them.
 	maxBad = 8
+	// settling is after how long a connection has certainly become the client's,
+	// and says what its peer has.
+	settling = time.Second
 )
 
 // account is what is known of one peer's doings in one blob.
@@ -190,17 +194,25 @@ func (b *Blob) look(now time.Time) (more bool) {
 	}
 	b.kick()
 	room := b.limit - b.underWay(now)
+	still := map[metainfo.Hash]bool{}
 	// In the same order on all nodes: they pass on to each other what they are
 	// downloading, and one source is not asked for everything at once.
 	for _, i := range slices.Sorted(maps.Keys(b.segs)) {
 		s := b.segs[i]
 		if s.t.Complete().Bool() {
-			more = b.part(s) || more
+			waited := b.part(s, now)
+			if waited && s.idles(now) {
+				still[s.hash] = true
+			}
+			more = more || waited
 			continue
 		}
 		more = true
 		b.refresh(s)
 		b.dismiss(s, now)
+		if b.stands(s, now) {
+			still[s.hash] = true
+		}
 		begun := !s.begun.IsZero()
 		if !b.begin(s, now, room) {
 			continue
@@ -208,6 +220,9 @@ func (b *Blob) look(now time.Time) (more bool) {
 		if b.handIn(s, now); !begun {
 			room--
 		}
+	}
+	if len(still) > 0 {
+		b.swarm.rouse(still)
 	}
 	return more
 }
@@ -241,8 +256,9 @@ func (b *Blob) underWay(now time.Time) (n int) {
 // have it whole as well, and reports whether there are connections with others
 // that have not been so for long. The client itself leaves most of them open,
 // and each costs as much as a busy one. b.mu must be held.
-func (b *Blob) part(s *segment) (more bool) {
-	if s.parted {
+func (b *Blob) part(s *segment, now time.Time) (more bool) {
+	more = now.Sub(atStart(s.joined.Load())) < settling
+	if s.parted && !more {
 		return false
 	}
 	n := uint64(s.t.NumPieces())

@@ -318,6 +318,10 @@ func (s *Swarm) completedHandshake(c *torrent.PeerConn, h metainfo.Hash) {
 		return // the client refuses it
 	}
 	c.PeerMaxRequests = maxRequests
+	now := time.Now()
+	if last := seg.joined.Swap(sinceStart(now)); now.Sub(atStart(last)) >= settling {
+		seg.blob.poke() // which may have thought that nobody wants the segment
+	}
 	if f.conn != nil {
 		f.blob.Store(seg.blob)
 		if seg.blob.refuses(f.peer, time.Now()) {
