@@ -39,6 +39,8 @@ func (e *testEngine) Pull(_ context.Context, r prefetch.Request, progress func(p
 	return prefetch.Result{Digest: nothing, Bytes: 5}, nil
 }
 
+func (e *testEngine) Record(r prefetch.Request) string { return r.Namespace + " " + r.Image }
+
 func (e *testEngine) HasRepository(_ context.Context, _, image string) (bool, error) {
 	if e.broken {
 		panic("broken")

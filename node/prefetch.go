@@ -56,6 +56,7 @@ func (n *Node) runPrefetch(ctx context.Context) {
 // engine pulls one image through the node's containerd.
 type engine interface {
 	Pull(ctx context.Context, r prefetch.Request, progress func(prefetch.Progress)) (prefetch.Result, error)
+	Record(r prefetch.Request) string
 	HasRepository(ctx context.Context, namespace, image string) (bool, error)
 }
 
@@ -75,15 +76,22 @@ var _ fanout.Puller = puller{}
 
 // Pull implements fanout.Puller.
 func (p puller) Pull(ctx context.Context, r *imagewolfv1.PrefetchRequest, progress func(bytes, total int64)) (string, error) {
-	res, err := p.n.engine.Pull(ctx, prefetch.Request{
-		Image: r.Image, Digest: digest.Digest(r.Digest), Platforms: r.Platforms, Namespace: r.Namespace, Referrers: r.Referrers,
-	}, func(now prefetch.Progress) { progress(now.Bytes, now.Total) })
+	res, err := p.n.engine.Pull(ctx, request(r), func(now prefetch.Progress) { progress(now.Bytes, now.Total) })
 	if err != nil {
-		return "", err
+		return res.Digest.String(), err
 	}
 	p.n.metrics.Prefetch().Pulled(res.Bytes)
 	return res.Digest.String(), nil
 }
+
+func request(r *imagewolfv1.PrefetchRequest) prefetch.Request {
+	return prefetch.Request{
+		Image: r.Image, Digest: digest.Digest(r.Digest), Platforms: r.Platforms, Namespace: r.Namespace, Referrers: r.Referrers,
+	}
+}
+
+// Record implements fanout.Puller.
+func (p puller) Record(r *imagewolfv1.PrefetchRequest) string { return p.n.engine.Record(request(r)) }
 
 // HasRepository implements fanout.Puller.
 func (p puller) HasRepository(ctx context.Context, namespace, image string) (bool, error) {

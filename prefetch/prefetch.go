@@ -103,7 +103,8 @@ func New(o Options) *Puller {
 // may be nil, from one goroutine at a time and not after it has returned. When
 // ctx ends it returns with what is complete kept by containerd until its next
 // garbage collection; a later Pull goes on from there. Its errors name the image,
-// the registry and the way out.
+// the registry and the way out. With an error, the result has a digest if the
+// image's record points to that since: what failed is beside the image itself.
 func (p *Puller) Pull(ctx context.Context, r Request, progress func(Progress)) (Result, error) {
 	t, err := parse(r)
 	if err != nil {
@@ -111,7 +112,7 @@ func (p *Puller) Pull(ctx context.Context, r Request, progress func(Progress)) (
 	}
 	res, err := p.pull(ctx, r, t, progress)
 	if err != nil {
-		return Result{}, fmt.Errorf("prefetch %s: %w", t, withoutQueries(err))
+		return Result{Digest: res.Digest}, fmt.Errorf("prefetch %s: %w", t, withoutQueries(err))
 	}
 	return res, nil
 }
@@ -144,7 +145,7 @@ func (p *Puller) pull(ctx context.Context, r Request, t target, progress func(Pr
 		err = j.referrers(ctx, pulled)
 	}
 	if err != nil {
-		return Result{}, j.explain(ctx, err)
+		return Result{Digest: j.moved}, j.explain(ctx, err)
 	}
 	stop()
 	total := j.meter.total()
@@ -152,6 +153,17 @@ func (p *Puller) pull(ctx context.Context, r Request, t target, progress func(Pr
 		progress(Progress{Bytes: total, Total: total})
 	}
 	return Result{Digest: pulled[0].Target().Digest, Bytes: total}, nil
+}
+
+// Record names the image record that pulls of a request make or move, with its
+// namespace. It is "" for a request that cannot be pulled, and where the record's
+// name holds the digest, so that it is never moved.
+func (p *Puller) Record(r Request) string {
+	t, err := parse(r)
+	if err != nil || t.name == t.repo+"@"+t.want.String() {
+		return ""
+	}
+	return p.namespaceOf(r.Namespace) + " " + t.name
 }
 
 func (p *Puller) namespaceOf(name string) string {
@@ -192,6 +204,7 @@ type job struct {
 	client    *containerd.Client // whose content store is gated
 	base      *containerd.Client // owns the connection
 	registry  *registry
+	moved     digest.Digest // what the image's record points to since; "": it was not touched
 }
 
 // connect makes the clients; nothing is sent yet.
@@ -247,6 +260,7 @@ func (j *job) platforms(ctx context.Context, names []string) ([]containerd.Image
 		if err != nil {
 			return nil, forPlatform(err, spec)
 		}
+		j.moved = image.Target().Digest
 		out = append(out, image)
 	}
 	slices.SortStableFunc(out, nativeFirst)

@@ -43,6 +43,21 @@ func TestWhatARequestMeans(t *testing.T) {
 	}
 }
 
+func TestRecordIsWhatAPullMoves(t *testing.T) {
+	p := New(Options{Namespace: "here"})
+	for _, c := range []struct{ image, digest, namespace, want string }{
+		{"nginx", "", "", "here docker.io/library/nginx:latest"},
+		{"r.example.com/app:1", one, "other", "other r.example.com/app:1"},
+		{"r.example.com/app", one, "", ""},
+		{"r.example.com/app:1@" + one, "", "", ""},
+		{"r.example.com/App", "", "", ""},
+	} {
+		if got := p.Record(Request{Image: c.image, Digest: digest.Digest(c.digest), Namespace: c.namespace}); got != c.want {
+			t.Errorf("%q with %q in %q: %q, want %q", c.image, c.digest, c.namespace, got, c.want)
+		}
+	}
+}
+
 func TestIsRef(t *testing.T) {
 	for ref, want := range map[string]bool{
 		"k8s.io/12/" + refPrefix + "layer-" + one: true,

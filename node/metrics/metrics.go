@@ -101,7 +101,7 @@ func New(now Now, parts ...string) *Metrics {
 		bytes:     m.counter("prefetch_bytes_total", "Bytes of the images that this node has prefetched, wherever they came from and whether they were here before or not."),
 		refused:   m.counter("node_api_refused_total", "Calls of the Node API on the network that did not have its token."),
 		ended: m.counters("prefetch_ended_total", "result", "Requests that have ended on this node.",
-			"done", "failed", "canceled"),
+			"done", "failed", "canceled", "superseded"),
 	}
 	m.gauge("prefetch_queued", "Requests to prefetch an image that wait on this node.", now.PrefetchQueued)
 	m.gauge("prefetch_pulling", "Requests to prefetch an image that this node is pulling for.", now.PrefetchPulling)

@@ -67,7 +67,8 @@ func TestCounts(t *testing.T) {
 		"prefetch_bytes_total": " 40", "node_api_refused_total": " 1",
 		"prefetch_ended_total": `{result="canceled"} 0
 {result="done"} 0
-{result="failed"} 1`,
+{result="failed"} 1
+{result="superseded"} 0`,
 	}
 	told := gathered(t, m)
 	for name, lines := range want {

@@ -8,6 +8,9 @@
 // higher priority first, then the oldest. A pull that fails is tried again a few
 // times.
 //
+// Of several requests that move one image record (a tag) the youngest is to have the
+// last word, in whatever order they come and are tried again: see supersede.go.
+//
 // The record of a request, with the names of all nodes that were selected, is
 // with each of them and with the node that took it. So any member can tell about
 // any request: it asks one that knows it who was selected, and then each of

@@ -31,10 +31,14 @@ var errCanceled = errors.New("canceled")
 
 // Puller pulls one image on this node. Its methods are called concurrently.
 type Puller interface {
-	// Pull returns the digest of what it pulled and unpacked. It calls progress,
-	// which returns at once, as bytes come in. After an error that is errdefs'
-	// InvalidArgument it is not called again, after NotFound once.
+	// Pull returns the digest of what it pulled and unpacked; with an error, that of
+	// what the image's record points to since, "" if it was not touched. It calls
+	// progress, which returns at once, as bytes come in. After an error that is
+	// errdefs' InvalidArgument it is not called again, after NotFound once.
 	Pull(ctx context.Context, r *imagewolfv1.PrefetchRequest, progress func(bytes, total int64)) (digest string, err error)
+	// Record names the image record, with its namespace, that pulls of a request move;
+	// "" where the name holds the digest, so that it is never moved.
+	Record(r *imagewolfv1.PrefetchRequest) string
 	// HasRepository says whether the node has an image of the same repository.
 	HasRepository(ctx context.Context, namespace, image string) (bool, error)
 }
@@ -57,7 +61,7 @@ type Cluster interface {
 // Counter counts what becomes of requests. Its methods are called concurrently.
 type Counter interface {
 	Requested()         // this node has taken a request
-	Ended(state string) // this node's part ended: "done", "failed" or "canceled"
+	Ended(state string) // this node's part ended: "done", "failed", "canceled" or "superseded"
 	Retried()           // a pull failed and is tried again
 }
 
@@ -108,6 +112,7 @@ func (f *Fanout) Run(ctx context.Context) (err error) {
 	f.db, f.records, f.places = db, records, 0
 	for _, r := range records {
 		f.places += len(r.start.Nodes)
+		r.name = f.o.Puller.Record(r.start.Request)
 	}
 	f.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
@@ -160,8 +165,8 @@ func (f *Fanout) schedule(ctx context.Context, crashed <-chan error) error {
 	}
 }
 
-// step gives up what is out of time, forgets what is old and starts pulls while
-// there is room. It returns when to look again at the latest, and the records
+// step gives up what is out of time or superseded, forgets what is old and starts
+// pulls while there is room. It returns when to look again at the latest, and the records
 // that have changed.
 func (f *Fanout) step(ctx context.Context, now time.Time, pulls *sync.WaitGroup) (next time.Time, dirty []*record) {
 	f.mu.Lock()
@@ -194,19 +199,28 @@ func (f *Fanout) step(ctx context.Context, now time.Time, pulls *sync.WaitGroup)
 			}
 		}
 	}
-	for f.pulling < f.o.Slots {
-		var best *record
-		for _, r := range f.records {
-			if r.ready(now) && (best == nil || before(r, best) < 0) {
-				best = r
-			}
-		}
+	for {
+		dirty = append(dirty, f.supersede(now)...)
+		best := f.best(now)
 		if best == nil {
-			break
+			return next, dirty
 		}
 		f.begin(ctx, best, pulls)
 	}
-	return next, dirty
+}
+
+// best returns the record that is to be pulled next; nil if there is none, or no
+// slot for it. f.mu must be held.
+func (f *Fanout) best(now time.Time) (best *record) {
+	if f.pulling >= f.o.Slots {
+		return nil
+	}
+	for _, r := range f.records {
+		if r.ready(now) && (best == nil || before(r, best) < 0) {
+			best = r
+		}
+	}
+	return best
 }
 
 // outOfTime says why a request that has waited too long has failed.
@@ -221,7 +235,7 @@ func outOfTime(r *imagewolfv1.PrefetchRequest, reason string) string {
 // ready says that the record can be pulled now. Fanout.mu must be held.
 func (r *record) ready(now time.Time) bool {
 	return r.state != nil && r.state.State == imagewolfv1.PrefetchState_PREFETCH_STATE_QUEUED &&
-		r.endPull == nil && !r.waits && !r.after.After(now)
+		r.endPull == nil && !r.waits && r.behind == "" && !r.after.After(now)
 }
 
 // begin starts a pull. f.mu must be held.
@@ -238,8 +252,13 @@ func (f *Fanout) begin(ctx context.Context, r *record, pulls *sync.WaitGroup) {
 
 // end ends this node's part of a request. f.mu must be held.
 func (f *Fanout) end(r *record, s imagewolfv1.PrefetchState, reason string, now time.Time) {
+	f.endAs(stateNames[s], r, s, reason, now)
+}
+
+// endAs is end, and says as what it is counted. f.mu must be held.
+func (f *Fanout) endAs(name string, r *record, s imagewolfv1.PrefetchState, reason string, now time.Time) {
 	r.end(s, reason, now)
-	f.o.Counter.Ended(stateNames[s])
+	f.o.Counter.Ended(name)
 }
 
 // stateNames are the ends of a request, as they are counted.
@@ -294,16 +313,19 @@ func (f *Fanout) pulled(ctx, timed context.Context, r *record, digest string, er
 	f.pulling--
 	r.endPull = nil
 	now := time.Now()
+	moved := digest != "" // which others of the same tag are to know, whatever became of the pull
+	if moved {
+		r.state.Digest = digest
+	}
 	switch {
 	case ended(r.state.State): // canceled meanwhile
-		return false
+		return moved
 	case err == nil:
-		r.state.Digest = digest
 		f.end(r, imagewolfv1.PrefetchState_PREFETCH_STATE_DONE, "", now)
 		return true
 	case ctx.Err() != nil: // the node stops: it goes on when it is back
 		r.state.State = imagewolfv1.PrefetchState_PREFETCH_STATE_QUEUED
-		return false
+		return moved
 	case timed.Err() != nil:
 		r.state.TimedOut = true
 		f.end(r, imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, outOfTime(r.start.Request, ""), now)
@@ -317,7 +339,7 @@ func (f *Fanout) pulled(ctx, timed context.Context, r *record, digest string, er
 	f.o.Counter.Retried()
 	r.state.State = imagewolfv1.PrefetchState_PREFETCH_STATE_QUEUED
 	r.state.Reason = cut(fmt.Sprintf("tried again, after try %d failed: %v", r.tries, err))
-	return false
+	return moved
 }
 
 // signal has schedule look again.
@@ -356,6 +378,7 @@ func (f *Fanout) add(start *imagewolfv1.StartRequest, untold ...string) (r *reco
 		f.mu.Unlock()
 		return nil, false, status.Errorf(codes.ResourceExhausted, "node %s has %d requests that have not ended: wait until some have, or cancel some", f.o.Self, maxRequests)
 	}
+	r.name = f.o.Puller.Record(r.start.Request)
 	f.records[r.id()] = r
 	f.places += len(start.Nodes)
 	f.mu.Unlock()

@@ -172,6 +172,14 @@ func (n *testNode) HasRepository(_ context.Context, _, image string) (bool, erro
 	return n.has[image], nil
 }
 
+// Record implements Puller.
+func (n *testNode) Record(r *imagewolfv1.PrefetchRequest) string {
+	if strings.Contains(r.Image, "@") {
+		return ""
+	}
+	return r.Namespace + " " + r.Image
+}
+
 // Pull implements Puller.
 func (n *testNode) Pull(ctx context.Context, r *imagewolfv1.PrefetchRequest, progress func(bytes, total int64)) (string, error) {
 	n.set(func() { n.pulled = append(n.pulled, r.Image) })

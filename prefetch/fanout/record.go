@@ -39,7 +39,9 @@ const (
 type record struct {
 	start *imagewolfv1.StartRequest // never changed, and neither is what it points to
 	born  time.Time                 // when the request was made, by this node's clock; never changed
+	made  int64                     // when the request was made, for telling the younger of two, in milliseconds since 1970; never changed
 	index int                       // this node's place among the selected; -1 if it is not; never changed
+	name  string                    // of the image record that it moves, as Puller.Record has it; never changed
 
 	state    *imagewolfv1.NodePrefetch // of this node; nil if it is not selected
 	canceled bool
@@ -48,6 +50,7 @@ type record struct {
 
 	// Not kept over restarts.
 	waits   bool                    // for a node before it, as concurrency has it
+	behind  string                  // id of the request of the same image record that it waits for; "": none
 	silent  time.Time               // since when none before it is known to pull; zero: one is
 	tries   int                     // that failed
 	after   time.Time               // when it may be tried again
@@ -60,8 +63,9 @@ func newRecord(start *imagewolfv1.StartRequest, born time.Time, self string) *re
 	for i, n := range start.Nodes {
 		start.Nodes[i] = unique.Make(n).Value()
 	}
+	here := born.UnixMilli()
 	r := &record{
-		start: start, born: born, index: position(start.Nodes, self), canceled: start.Canceled,
+		start: start, born: born, made: min(max(start.Created, here-maxSkew.Milliseconds()), here+maxSkew.Milliseconds()), index: position(start.Nodes, self), canceled: start.Canceled,
 		untold: map[string]bool{}, changed: born,
 	}
 	if r.index >= 0 {
@@ -194,6 +198,7 @@ func decode(value []byte, self string) (*record, error) {
 	if ended(state.State) {
 		r.state = state
 	}
+	r.state.Digest = state.Digest // the image record points to it, though the request may go on
 	return r, nil
 }
 
