@@ -46,6 +46,10 @@ const (
 	Refused    Kind = "refused"    // a sender that did not prove who it is
 )
 
+// ErrNothing is the error of work on an event that is over and led to nothing. The
+// same push may lead to something when it is told anew: once it is signed, say.
+var ErrNothing = errors.New("the event leads to nothing")
+
 // Event is a push of one image as a registry told of it. The name is valid, in
 // the canonical form, and has a tag or a digest or both; that the image exists
 // is not known.

@@ -7,7 +7,8 @@
 // for senders send again what they got no answer to, and by content, for a push
 // of an image with many platforms and tags tells of the same digest many times.
 // The same digest with a tag that is new is not the same event, nor is a tag that
-// is moved back to a digest that it had before.
+// is moved back to a digest that it had before. Of an event that led to nothing only
+// the delivery is known: the push, told anew, may lead to something by then.
 //
 // Everything is in one bbolt file:
 //
@@ -277,7 +278,8 @@ func (q *Queue) put(tx *bbolt.Tx, events []event.Event, now time.Time) (kept []e
 // (queue.workers), in the order in which they came. One whose work fails is
 // tried again after a second, then after twice as long and so on, up to five
 // minutes, until retry_for has passed since it was taken; others go on
-// meanwhile. Run returns nil when the context has ended and work has returned,
+// meanwhile. One whose work returns event.ErrNothing is over, and what it pushed is
+// taken when another delivery tells of it. Run returns nil when the context has ended and work has returned,
 // and an error when the file cannot be written.
 func (q *Queue) Run(ctx context.Context, work func(context.Context, event.Event) error) error {
 	ctx, cancel := context.WithCancel(ctx)
@@ -288,7 +290,7 @@ func (q *Queue) Run(ctx context.Context, work func(context.Context, event.Event)
 	for r.running > 0 {
 		err = errors.Join(err, r.take(<-r.tried))
 	}
-	return errors.Join(err, q.remove(r.done, nil))
+	return errors.Join(err, q.remove(r.done...))
 }
 
 // run is one call of Run; its loop owns it.
@@ -297,15 +299,21 @@ type run struct {
 	work    func(context.Context, event.Event) error
 	running int
 	tried   chan attempt
-	done    []uint64 // worked off, and not yet so on disk
+	done    []ending // worked off, and not yet so on disk
 	flushed time.Time
 }
 
 // attempt is what became of work on one event.
 type attempt struct {
-	seq  uint64
-	over bool // and can be removed
+	over *ending // nil: it is not, or is removed already
 	err  error
+}
+
+// ending is an event that is over and can be removed.
+type ending struct {
+	seq    uint64
+	taken  time.Time
+	forget []mark // by what it is not to be known any more
 }
 
 func (r *run) loop(ctx context.Context) error {
@@ -318,7 +326,7 @@ func (r *run) loop(ctx context.Context) error {
 		}
 		idle := e == nil && r.running == 0
 		if len(r.done) > 0 && (idle || len(r.done) >= flushAt || time.Since(r.flushed) >= flushAfter) {
-			if err := r.queue.remove(r.done, nil); err != nil {
+			if err := r.queue.remove(r.done...); err != nil {
 				return err
 			}
 			r.done, r.flushed = r.done[:0], time.Now()
@@ -363,8 +371,8 @@ func (r *run) wait(ctx context.Context, free bool, until time.Duration) error {
 
 func (r *run) take(a attempt) error {
 	r.running--
-	if a.over {
-		r.done = append(r.done, a.seq)
+	if a.over != nil {
+		r.done = append(r.done, *a.over)
 	}
 	return a.err
 }
@@ -393,18 +401,25 @@ func (q *Queue) try(ctx context.Context, e entry, work func(context.Context, eve
 	if err != nil {
 		q.log.Error("an event in the queue cannot be read", "sequence", e.seq, "error", err)
 		q.ended(event.Unreadable)
-		return attempt{seq: e.seq, over: true}
+		return attempt{over: &ending{seq: e.seq}}
 	}
+	over := &ending{seq: e.seq, taken: r.Taken}
 	err = work(ctx, r.Event)
 	switch {
 	case err == nil:
 		q.ended("")
-		return attempt{seq: e.seq, over: true}
+		return attempt{over: over}
+	case errors.Is(err, event.ErrNothing):
+		q.ended("")
+		known, marks := keys(r.Event)
+		over.forget = slices.DeleteFunc(marks, func(k mark) bool { return k == known[0] })
+		return attempt{over: over}
 	case ctx.Err() != nil: // it had no chance
 	case time.Since(r.Taken) >= q.config.RetryFor.Duration():
 		q.log.Warn("an event is given up", "image", r.Event.Image(), "receiver", r.Event.Source, "tries", e.tries+1, "error", err)
 		q.ended(GaveUp)
-		return attempt{seq: e.seq, err: q.remove([]uint64{e.seq}, &r.Event)}
+		_, over.forget = keys(r.Event)
+		return attempt{err: q.remove(*over)}
 	default:
 		e.at = time.Now().Add(backoff(e.tries))
 		e.tries++
@@ -413,7 +428,7 @@ func (q *Queue) try(ctx context.Context, e entry, work func(context.Context, eve
 	q.mu.Lock()
 	heap.Push(&q.waiting, e)
 	q.mu.Unlock()
-	return attempt{seq: e.seq}
+	return attempt{}
 }
 
 func backoff(tries int) time.Duration {
@@ -430,28 +445,19 @@ func (q *Queue) ended(why event.Kind) {
 	q.nothing[why]++
 }
 
-// remove deletes events, and what makes one of them known, so that it is taken
-// when it comes again.
-func (q *Queue) remove(seqs []uint64, forget *event.Event) error {
-	if len(seqs) == 0 {
+// remove deletes events, and what makes them known where that is to be forgotten.
+func (q *Queue) remove(over ...ending) error {
+	if len(over) == 0 {
 		return nil
 	}
 	err := q.db.Update(func(tx *bbolt.Tx) error {
-		b := tx.Bucket(eventsBucket)
-		for _, s := range seqs {
-			if err := b.Delete(bytesOf(s)); err != nil {
+		b, s := tx.Bucket(eventsBucket), q.memory(tx, time.Now())
+		for _, o := range over {
+			if err := errors.Join(b.Delete(bytesOf(o.seq)), s.forget(o.forget, o.taken)); err != nil {
 				return err
 			}
 		}
-		if forget != nil {
-			_, marks := keys(*forget)
-			for _, k := range marks {
-				if err := tx.Bucket(seenBucket).Delete(k.key[:]); err != nil {
-					return err
-				}
-			}
-		}
-		return add(tx, eventsBucket, -len(seqs))
+		return add(tx, eventsBucket, -len(over))
 	})
 	if err != nil {
 		return fmt.Errorf("queue.file: %w", err)

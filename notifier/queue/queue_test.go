@@ -339,6 +339,67 @@ func TestATagThatIsMovedBackIsTaken(t *testing.T) {
 	}
 }
 
+// What led to nothing may lead to something when the push is told anew, such as once
+// it is signed. The delivery itself is known, and a newer push of the tag.
+func TestAPushThatLedToNothingIsTakenAnew(t *testing.T) {
+	tell := func(delivery, tag, of string) event.Event {
+		e := push("a")
+		e.DeliveryID, e.Tag, e.Digest = delivery, tag, digest.FromString(of)
+		return e
+	}
+	first := tell("1", "1", "image")
+	for name, c := range map[string]struct {
+		between *event.Event // taken while the first is worked on, and led to something
+		again   event.Event
+		taken   bool
+	}{
+		"told anew":                      {nil, tell("2", "1", "image"), true},
+		"told anew, the digest alone":    {nil, tell("2", "", "image"), true},
+		"the same delivery":              {nil, first, false},
+		"behind a newer push of the tag": {new(tell("2", "1", "newer")), tell("3", "1", "newer"), false},
+	} {
+		for _, restart := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, restart %v", name, restart), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					s := settings(t)
+					q := open(t, s)
+					put(t, q, first)
+					ctx, cancel := context.WithCancel(t.Context())
+					ended := make(chan error, 1)
+					go func() {
+						ended <- q.Run(ctx, func(_ context.Context, e event.Event) error {
+							if e.DeliveryID != "1" {
+								return nil
+							}
+							if c.between != nil {
+								time.Sleep(time.Second)
+								put(t, q, *c.between)
+							}
+							return event.ErrNothing
+						})
+					}()
+					time.Sleep(time.Minute)
+					cancel()
+					if err := <-ended; err != nil {
+						t.Error(err)
+					}
+					if st := q.Stats(); st.Waiting != 0 || st.Done != st.Taken {
+						t.Errorf("it was not worked off once: %+v", st)
+					}
+					if restart {
+						q.Close()
+						q = open(t, s)
+					}
+					put(t, q, c.again)
+					if st := q.Stats(); (st.Waiting == 1) != c.taken || (st.Nothing[Duplicate] == 0) != c.taken {
+						t.Errorf("%+v", st)
+					}
+				})
+			})
+		}
+	}
+}
+
 func TestTheLogHasDuplicates(t *testing.T) {
 	var log bytes.Buffer
 	q, err := Open(settings(t), Options{Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})

@@ -106,6 +106,21 @@ func (m memory) mark(marks []mark) error {
 	return add(m.tx, seenAtBucket, added)
 }
 
+// forget takes back what mark has kept in mind of an event that was taken then, but
+// for what a later one is known by as well.
+func (m memory) forget(marks []mark, taken time.Time) error {
+	for _, k := range marks {
+		v := m.seen.Get(k.key[:])
+		if len(v) < 8 || number(v) != uint64(taken.UnixNano()) || string(v[8:]) != k.digest {
+			continue
+		}
+		if err := m.seen.Delete(k.key[:]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // prune throws away some of what is too old, or too much.
 func (m memory) prune() error {
 	n := count(m.tx, seenAtBucket)

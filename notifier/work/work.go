@@ -72,8 +72,8 @@ func New(r Rules, n Nodes, c Counts, log *slog.Logger) *Worker {
 	return &Worker{rules: r, nodes: n, counts: c, log: cmp.Or(log, slog.New(slog.DiscardHandler))}
 }
 
-// Work works one event off. An error is one that may pass: the event is to be
-// tried again later.
+// Work works one event off. An error is event.ErrNothing, or one that may pass: the
+// event is to be tried again later.
 func (w *Worker) Work(ctx context.Context, e event.Event) error {
 	d, err := w.rules.Decide(ctx, e)
 	if err != nil {
@@ -84,7 +84,7 @@ func (w *Worker) Work(ctx context.Context, e event.Event) error {
 	if d.Request == nil {
 		log.Info("an event leads to nothing", "kind", string(d.Kind), "reason", d.Reason)
 		w.counts.Nothing(d.Kind)
-		return nil
+		return event.ErrNothing
 	}
 	d.Request.Id = RequestID(e)
 	s, err := Ask(ctx, w.nodes, d.Request)
@@ -92,12 +92,14 @@ func (w *Worker) Work(ctx context.Context, e event.Event) error {
 	case err != nil && Final(err):
 		log.Warn("an event leads to nothing: the nodes do not take the request", "kind", string(Rejected), "reason", status.Convert(err).Message())
 		w.counts.Nothing(Rejected)
+		return event.ErrNothing
 	case err != nil:
 		w.counts.Failed()
 		return err
 	case len(s.GetNodes()) == 0:
 		log.Warn("an event leads to nothing: no node is selected", "kind", string(NoNode), "nodes", d.Request.GetNodes().GetLabels())
 		w.counts.Nothing(NoNode)
+		return event.ErrNothing
 	default:
 		log.Info("an image is prefetched", "request", d.Request.Id, "digest", d.Request.Digest, "nodes", len(s.GetNodes()), "reason", d.Reason)
 		w.counts.Requested(d.Rule)

@@ -83,7 +83,10 @@ func TestWhatBecomesOfEvents(t *testing.T) {
 			var log bytes.Buffer
 			count := &counted{}
 			err := New(c.rules, c.nodes, count, slog.New(slog.NewTextHandler(&log, nil))).Work(t.Context(), pushed)
-			if (err != nil) != c.again || (count.failed == 1) != c.again {
+			if errors.Is(err, event.ErrNothing) != (c.nothing != "") {
+				t.Errorf("the queue is told %v", err)
+			}
+			if (err != nil) != (c.again || c.nothing != "") || (count.failed == 1) != c.again {
 				t.Errorf("%v, %+v", err, count)
 			}
 			if (len(count.nothing) == 1) != (c.nothing != "") || c.nothing != "" && count.nothing[0] != c.nothing {
