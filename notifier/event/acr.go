@@ -42,9 +42,6 @@ func acr(d Delivery, r *Result) error {
 		return err
 	}
 	for _, g := range grid {
-		if r.full() {
-			break
-		}
 		kind := cmp.Or(g.EventType, g.Type)
 		switch name := kind[strings.LastIndexByte(kind, '.')+1:]; name {
 		case "ImagePushed", "ImageDeleted":

@@ -23,6 +23,9 @@ type Delivery struct {
 	// Topic is the ARN of the only SNS topic that may send, and whose
 	// subscription may be confirmed; "" confirms none, and lets any send.
 	Topic string
+	// MaxEvents is how many pushes are taken of one body; further ones are ignored as
+	// TooMany. 0: any number.
+	MaxEvents int
 }
 
 // decoders read the webhooks, by the name of their type.
@@ -61,12 +64,9 @@ func Decode(webhook string, d Delivery) (Result, error) {
 	if !ok {
 		return Result{}, fmt.Errorf("%q is no type of webhook: choose one of %s", webhook, strings.Join(Types(), ", "))
 	}
-	var r Result
+	r := Result{most: d.MaxEvents}
 	if err := decode(d, &r); err != nil {
 		return Result{}, err
-	}
-	if r.full() {
-		return Result{}, fmt.Errorf("more than %d events in one body", MaxEvents)
 	}
 	if len(r.Events)+len(r.Ignored) == 0 && r.Reply == nil && r.Confirm == nil {
 		r.ignore(Foreign, "nothing in it")

@@ -158,7 +158,7 @@ func eventHeader(webhook string) (key, push string) {
 	return "", ""
 }
 
-func TestABodyHoldsOnlySoManyEvents(t *testing.T) {
+func TestABodyMayHoldAsManyEventsAsAreKept(t *testing.T) {
 	repeat := func(n int, s string) string { return strings.TrimSuffix(strings.Repeat(s+",", n), ",") }
 	azure := `{"action":"push","target":{"repository":"a","tag":"1"},"request":{"host":"a.azurecr.io"}}`
 	for webhook, body := range map[string]func(n int) string{
@@ -170,12 +170,32 @@ func TestABodyHoldsOnlySoManyEvents(t *testing.T) {
 				repeat(n, `{"tag":"1","resource_url":"h.example/a/b:1"}`) + `]}}`
 		},
 	} {
-		if r, err := Decode(webhook, Delivery{Body: []byte(body(MaxEvents))}); err != nil || len(r.Events) != MaxEvents {
-			t.Errorf("%s: %d of %d events: %v", webhook, len(r.Events), MaxEvents, err)
+		const n = 5000
+		if r, err := Decode(webhook, Delivery{Body: []byte(body(n))}); err != nil || len(r.Events) != n || len(r.Ignored) != 0 {
+			t.Errorf("%s: %d of %d events, %v: %v", webhook, len(r.Events), n, r.Ignored, err)
 		}
-		if _, err := Decode(webhook, Delivery{Body: []byte(body(MaxEvents + 1))}); err == nil {
-			t.Errorf("%s took %d events", webhook, MaxEvents+1)
+		if r, err := Decode(webhook, Delivery{Body: []byte(body(n)), MaxEvents: n}); err != nil || len(r.Events) != n || len(r.Ignored) != 0 {
+			t.Errorf("%s: %d of %d events, %v: %v", webhook, len(r.Events), n, r.Ignored, err)
 		}
+		r, err := Decode(webhook, Delivery{Body: []byte(body(n)), MaxEvents: 1000})
+		if err != nil || len(r.Events) != 1000 || len(r.Ignored) != 1 || r.Ignored[0].Kind != TooMany || 1+r.Ignored[0].More != n-1000 {
+			t.Errorf("%s: %d events, the rest %v: %v", webhook, len(r.Events), r.Ignored, err)
+		}
+	}
+}
+
+func TestWhatLeadsToNothingIsCountedHoweverMuchItIs(t *testing.T) {
+	r, err := Decode("distribution", Delivery{Body: []byte(`{"events":[` + strings.Repeat(`{"action":"pull"},`, 3000) +
+		strings.Repeat(`{"action":"delete"},`, 2000) + `{"action":"push","target":{"repository":"a","tag":"1"},"request":{"host":"h.example"}}]}`)})
+	if err != nil || len(r.Events) != 1 {
+		t.Errorf("%d events: %v", len(r.Events), err)
+	}
+	kinds := map[Kind]int{}
+	for _, i := range r.Ignored {
+		kinds[i.Kind] += 1 + i.More
+	}
+	if kinds[Pulled] != 3000 || kinds[Deleted] != 2000 || len(r.Ignored) > maxReasons+1 {
+		t.Errorf("%v, %d reasons", kinds, len(r.Ignored))
 	}
 }
 
@@ -237,7 +257,7 @@ func fuzzDecoder(f *testing.F, webhook string) {
 			}
 			return
 		}
-		if len(lines(r)) == 0 || len(r.Events)+len(r.Ignored) > MaxEvents {
+		if len(lines(r)) == 0 || len(r.Ignored) > maxReasons+20 { // a few kinds
 			t.Errorf("%d events, %d ignored", len(r.Events), len(r.Ignored))
 		}
 		for _, e := range r.Events {

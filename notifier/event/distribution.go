@@ -34,9 +34,6 @@ func distribution(d Delivery, r *Result) error {
 		return err
 	}
 	for _, e := range envelope.Events {
-		if r.full() {
-			break
-		}
 		e.add(r, cmp.Or(d.Registry, e.Request.Host, hostOf(e.Target.URL)))
 	}
 	return nil

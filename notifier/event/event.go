@@ -13,6 +13,7 @@ import (
 	_ "crypto/sha512" // the same
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -22,9 +23,8 @@ import (
 
 // Limits on one body, whatever its type.
 const (
-	// MaxEvents is how many events, ignored ones among them, a body may hold.
-	MaxEvents = 1000
-	maxText   = 128 // bytes kept of an id or a media type
+	maxReasons = 1000 // parts that lead to nothing whose reasons are kept; further ones are counted
+	maxText    = 128  // bytes kept of an id or a media type
 )
 
 // Kind says what a registry's message is about. There are only those below, so
@@ -44,6 +44,7 @@ const (
 	Invalid    Kind = "invalid"    // a push of what cannot be an image's name
 	Unreadable Kind = "unreadable" // a body that is not of the type it should be of, or too large
 	Refused    Kind = "refused"    // a sender that did not prove who it is
+	TooMany    Kind = "too_many"   // a push beyond those that are taken of one body
 )
 
 // ErrNothing is the error of work on an event that is over and led to nothing. The
@@ -82,6 +83,7 @@ func (e Event) Image() string {
 type Ignored struct {
 	Kind   Kind
 	Reason string // in words, for a log; may quote what the sender wrote
+	More   int    // further parts of this kind in the body, whose reasons are not kept
 }
 
 // Result is what a body said. At least one of the fields is set.
@@ -90,6 +92,8 @@ type Result struct {
 	Ignored []Ignored
 	Reply   []byte        // JSON that the sender needs as the answer's body (Event Grid's handshake)
 	Confirm *Subscription // a subscription that waits to be confirmed (SNS)
+
+	most int // events; 0: any number
 }
 
 // push adds an event, or the reason why it is none.
@@ -97,6 +101,8 @@ func (r *Result) push(e Event) {
 	switch mt := bare(e.MediaType); {
 	case mt != "" && !imageTypes[mt]:
 		r.ignore(NotImage, "%s is no image but %q", clip(e.Repository), clip(e.MediaType))
+	case r.most > 0 && len(r.Events) >= r.most:
+		r.ignore(TooMany, "a push behind the first %d in one body: the queue cannot hold them (queue.max_events)", r.most)
 	default:
 		if err := e.normalize(); err != nil {
 			r.ignore(Invalid, "%q: %w", clip(e.Registry+"/"+e.Repository), err)
@@ -107,12 +113,14 @@ func (r *Result) push(e Event) {
 }
 
 func (r *Result) ignore(k Kind, format string, args ...any) {
+	if k == TooMany || len(r.Ignored) >= maxReasons {
+		if i := slices.IndexFunc(r.Ignored, func(o Ignored) bool { return o.Kind == k }); i >= 0 {
+			r.Ignored[i].More++
+			return
+		}
+	}
 	r.Ignored = append(r.Ignored, Ignored{Kind: k, Reason: fmt.Errorf(format, args...).Error()})
 }
-
-// full tells whether a loop over a body's parts should end, for the body has
-// too many of them.
-func (r *Result) full() bool { return len(r.Events)+len(r.Ignored) > MaxEvents }
 
 // imageTypes are the media types of what a container runtime pulls as an image:
 // manifests and indexes, and the configs by which some registries name them.

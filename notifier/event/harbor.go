@@ -38,9 +38,6 @@ func harbor(d Delivery, r *Result) error {
 		return nil
 	}
 	for _, res := range data.Resources {
-		if r.full() {
-			break
-		}
 		r.push(Event{
 			Registry: cmp.Or(d.Registry, hostOf(res.ResourceURL)), Repository: data.name(),
 			Tag: res.Tag, Digest: digest.Digest(res.Digest), DeliveryID: b.ID, Time: at,

@@ -21,9 +21,6 @@ func quay(d Delivery, r *Result) error {
 	}
 	host, path, _ := strings.Cut(b.DockerURL, "/")
 	for _, tag := range b.UpdatedTags {
-		if r.full() {
-			break
-		}
 		r.push(Event{Registry: cmp.Or(host, d.Registry), Repository: cmp.Or(path, b.Repository), Tag: tag})
 	}
 	return nil

@@ -199,7 +199,7 @@ func (q *Queue) Put(_ context.Context, r event.Result) error {
 		return fmt.Errorf("%w: %d events wait (queue.max_events)", ErrFull, len(q.waiting))
 	}
 	for _, i := range r.Ignored {
-		q.nothing[i.Kind]++
+		q.nothing[i.Kind] += 1 + uint64(max(0, i.More))
 	}
 	if n := len(r.Events) - len(kept); n > 0 {
 		q.nothing[Duplicate] += uint64(n)

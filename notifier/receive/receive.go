@@ -262,6 +262,7 @@ func (h *Handler) take(w http.ResponseWriter, req *http.Request, r *receiver) {
 	}
 	result, err := event.Decode(r.config.Type, event.Delivery{
 		Header: req.Header, Body: body, Registry: r.config.Registry, Topic: r.config.TopicARN,
+		MaxEvents: h.settings.Queue.MaxEvents, // more can never be kept
 	})
 	if err != nil {
 		h.unreadable(ctx, w, r, http.StatusBadRequest, err)
@@ -300,12 +301,12 @@ func (h *Handler) tell(ctx context.Context, r *receiver, result event.Result) {
 	for _, i := range result.Ignored {
 		level := slog.LevelDebug
 		switch i.Kind {
-		case event.Invalid:
+		case event.Invalid, event.TooMany:
 			level = slog.LevelWarn
 		case event.Handshake:
 			level = slog.LevelInfo
 		}
-		h.log.Log(ctx, level, "an event leads to nothing", "receiver", r.name, "kind", string(i.Kind), "reason", i.Reason)
+		h.log.Log(ctx, level, "an event leads to nothing", "receiver", r.name, "kind", string(i.Kind), "reason", i.Reason, "more", i.More)
 	}
 }
 

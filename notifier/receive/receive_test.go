@@ -286,6 +286,27 @@ func TestOldPaths(t *testing.T) {
 	}
 }
 
+// A body has as many events as its sender likes. What the queue could never hold
+// at once is told of and counted.
+func TestManyEventsInOneBody(t *testing.T) {
+	body := func(n int) string {
+		return `{"events":[` + strings.TrimSuffix(strings.Repeat(`{"action":"push","target":{"repository":"a","tag":"1"}},`, n), ",") + `]}`
+	}
+	for most, lost := range map[int]int{100_000: 0, 3000: 0, 1000: 2000} {
+		b := newBed(t, config.Receiver{Type: "distribution", Unauthenticated: true, Registry: "registry.example.com"}, nil)
+		b.h.settings.Queue.MaxEvents = most
+		w := b.post(t, "/hooks/it", nil, body(3000))
+		counted := 0
+		for _, i := range b.ignored {
+			counted += 1 + i.More
+		}
+		told := strings.Contains(b.log.String(), `level=WARN msg="an event leads to nothing" receiver=it kind=too_many`)
+		if w.Code != http.StatusOK || len(b.events) != 3000-lost || counted != lost || told != (lost > 0) {
+			t.Errorf("of at most %d: %d, %d kept, %d counted, told of: %t", most, w.Code, len(b.events), counted, told)
+		}
+	}
+}
+
 func TestAnswers(t *testing.T) {
 	huge := `{"push_data":{"tag":"1"},"repository":{"repo_name":"a/b","full_description":"` + strings.Repeat("x", 1<<20) + `"}}`
 	for _, c := range []struct {

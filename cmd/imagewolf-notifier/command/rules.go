@@ -63,7 +63,11 @@ func testRules(c *cli.Context) error {
 		return err
 	}
 	for _, i := range result.Ignored {
-		if _, err := fmt.Fprintf(c.App.Writer, "%s: %s\n", i.Kind, i.Reason); err != nil {
+		more := ""
+		if i.More > 0 {
+			more = fmt.Sprintf(" (and %d more)", i.More)
+		}
+		if _, err := fmt.Fprintf(c.App.Writer, "%s: %s%s\n", i.Kind, i.Reason, more); err != nil {
 			return err
 		}
 	}
@@ -101,7 +105,7 @@ func readEvent(c *cli.Context, cfg config.Notifier) ([]byte, error) {
 
 // decode reads the event as the receiver does that is named, or in our own form.
 func decode(c *cli.Context, cfg config.Notifier, body []byte) (event.Result, error) {
-	d, kind := event.Delivery{Body: body, Header: http.Header{}}, "generic"
+	d, kind := event.Delivery{Body: body, Header: http.Header{}, MaxEvents: cfg.Queue.MaxEvents}, "generic"
 	if name := c.String(receiverFlag); name != "" {
 		r, ok := cfg.Receiver[name]
 		if !ok {
