@@ -115,6 +115,10 @@ var badNotifierFiles = map[string][]string{
 		"poll.b.interval: 1ms is out of range",
 		"receiver.a.path: /v1/prefetch is the path of the notifier itself too",
 	},
+	"paths.bad.toml": {
+		"feed.path: /v1/prefetch/feed is at or below /v1/prefetch, where the notifier itself answers: choose another",
+		"receiver.below.path: /v1/prefetch/quay is below /v1/prefetch, where the notifier itself answers: choose another, such as /hooks/below",
+	},
 	"receivers.bad.toml": {
 		"receiver.A_b: name \"A_b\"",
 		"receiver.a.type: \"\" is none of acr, aliyun, distribution",

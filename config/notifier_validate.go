@@ -84,6 +84,9 @@ func (n Notifier) Validate() error {
 			}
 			p.add("receiver."+name+".path", "%s is the path of %s too: give each its own", r.Path, who)
 		}
+		if strings.HasPrefix(r.Path, apiPath+"/") {
+			p.add("receiver."+name+".path", "%s is below %s, where the notifier itself answers: choose another, such as /hooks/%s", r.Path, apiPath, name)
+		}
 		paths[r.Path] = name
 	}
 	return errors.Join(p...)

@@ -136,6 +136,9 @@ func (p *problems) feed(f NotifierFeed) {
 	if !receiverPath.MatchString(f.Path) || path.Clean(f.Path) != f.Path || len(f.Path) > 200 {
 		p.add("feed.path", "%q: start it with /, and use letters, digits, '.', '_', '~', '-' and '/' as in a URL, at most 200", f.Path)
 	}
+	if f.Path == apiPath || strings.HasPrefix(f.Path, apiPath+"/") {
+		p.add("feed.path", "%s is at or below %s, where the notifier itself answers: choose another, such as /feed", f.Path, apiPath)
+	}
 	if f.History < 100 || f.History > 100_000 {
 		p.add("feed.history", "%d is out of range: choose 100 to 100000", f.History)
 	}
@@ -210,8 +213,11 @@ func (p *problems) nodes(n NotifierNodes) {
 	}
 }
 
+// apiPath is where the API answers, and below it.
+const apiPath = "/v1/prefetch"
+
 // ownPaths are those that the notifier itself answers on, in the order in which
 // they are checked against receivers' paths.
 func (n Notifier) ownPaths() []string {
-	return []string{"/healthz", "/v1/prefetch", n.Feed.Path + "/atom", n.Feed.Path + "/rss"}
+	return []string{"/healthz", apiPath, n.Feed.Path + "/atom", n.Feed.Path + "/rss"}
 }

@@ -36,6 +36,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -50,6 +51,8 @@ const (
 	maxBody    = 64 << 10
 	maxPosts   = 16               // decided at the same time
 	maxGets    = 256              // that wait at the same time
+	maxUnknown = 256              // whose bodies are read at the same time to see whether their signature is right
+	readTime   = 5 * time.Second  // for the body of one of these
 	decideTime = time.Minute      // for a POST: rules may ask the registry
 	maxWait    = 10 * time.Minute // for a GET
 	writeTime  = 10 * time.Second // for an answer
@@ -80,6 +83,8 @@ type Handler struct {
 	log         *slog.Logger
 	mux         *http.ServeMux
 	posts, gets chan struct{}
+	unknown     chan struct{}  // has an entry for each body of a caller that may be a stranger
+	refused     rate.Sometimes // lines of the log about strangers
 }
 
 // New returns a handler. A nil log logs nothing.
@@ -87,6 +92,7 @@ func New(c config.NotifierAPI, r work.Rules, n Nodes, counts Counts, log *slog.L
 	h := &Handler{
 		settings: c, rules: r, nodes: n, counts: counts, log: cmp.Or(log, slog.New(slog.DiscardHandler)),
 		mux: http.NewServeMux(), posts: make(chan struct{}, maxPosts), gets: make(chan struct{}, maxGets),
+		unknown: make(chan struct{}, maxUnknown), refused: rate.Sometimes{First: 5, Interval: time.Second},
 	}
 	h.mux.HandleFunc("POST /v1/prefetch", h.limited(h.posts, h.post))
 	h.mux.HandleFunc("GET /v1/prefetch/{id}", h.limited(h.gets, h.get))
@@ -105,43 +111,43 @@ type problem struct {
 // Error implements error.
 func (p *problem) Error() string { return p.text }
 
-// limited answers who has the token, and not too many at once.
+// errBusy is what callers are told for whom there is no place.
+var errBusy = &problem{http.StatusServiceUnavailable, "too many requests at once"}
+
+// take takes a place, if there is one.
+func take(places chan struct{}) (leave func(), ok bool) {
+	select {
+	case places <- struct{}{}:
+		return func() { <-places }, true
+	default:
+		return nil, false
+	}
+}
+
+// limited answers who has the token, and not too many at once. Strangers take no
+// place of theirs.
 func (h *Handler) limited(slots chan struct{}, serve func(*http.Request, []byte) (int, any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, req *http.Request) {
-		// Whoever sends no signature of a body can be told from a stranger before
-		// anything of it is waited for.
-		byBody := req.Method != http.MethodGet && req.Header.Get("X-Signature") != ""
-		if !byBody {
-			if err := h.authenticate(req, nil); err != nil {
-				h.fail(w, req, err)
-				return
-			}
-		}
-		select {
-		case slots <- struct{}{}:
-			defer func() { <-slots }()
-		default:
-			h.fail(w, req, &problem{http.StatusServiceUnavailable, "too many requests at once"})
+		control := http.NewResponseController(w)
+		signed, err := h.known(w, control, req)
+		if err != nil {
+			h.fail(w, req, err)
 			return
 		}
-		body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, maxBody))
-		var large *http.MaxBytesError
-		switch {
-		case errors.As(err, &large):
-			h.fail(w, req, &problem{http.StatusRequestEntityTooLarge, "the body is too large"})
-			return
-		case err != nil:
-			h.fail(w, req, &problem{http.StatusBadRequest, "the body broke off"})
+		leave, ok := take(slots)
+		if !ok {
+			h.fail(w, req, errBusy)
 			return
 		}
-		if byBody {
-			if err := h.authenticate(req, body); err != nil {
+		defer leave()
+		body := signed
+		if body == nil {
+			if body, err = read(w, req); err != nil {
 				h.fail(w, req, err)
 				return
 			}
 		}
 		// The server's own bounds are for webhooks: an answer may take longer here.
-		control := http.NewResponseController(w)
 		if err := errors.Join(control.SetReadDeadline(time.Time{}), control.SetWriteDeadline(time.Time{})); err != nil && !errors.Is(err, http.ErrNotSupported) {
 			h.fail(w, req, err)
 			return
@@ -156,6 +162,42 @@ func (h *Handler) limited(slots chan struct{}, serve func(*http.Request, []byte)
 		}
 		h.answer(w, req, code, answer)
 	}
+}
+
+// known finds out whether a caller is known. The body of one that signs it has to be
+// read for that, in places of its own and not for long; it is returned, and else nil.
+func (h *Handler) known(w http.ResponseWriter, control *http.ResponseController, req *http.Request) (signed []byte, err error) {
+	if !byBody(req) {
+		return nil, h.authenticate(req, nil)
+	}
+	if _, err := signature(req); err != nil {
+		return nil, err
+	}
+	leave, ok := take(h.unknown)
+	if !ok {
+		return nil, errBusy
+	}
+	defer leave()
+	if err := control.SetReadDeadline(time.Now().Add(readTime)); err != nil && !errors.Is(err, http.ErrNotSupported) {
+		return nil, err
+	}
+	if signed, err = read(w, req); err != nil {
+		return nil, err
+	}
+	return signed, h.authenticate(req, signed)
+}
+
+// read returns the whole body, which is never nil.
+func read(w http.ResponseWriter, req *http.Request) ([]byte, error) {
+	body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, maxBody))
+	var large *http.MaxBytesError
+	switch {
+	case errors.As(err, &large):
+		return nil, &problem{http.StatusRequestEntityTooLarge, "the body is too large"}
+	case err != nil:
+		return nil, &problem{http.StatusBadRequest, "the body broke off"}
+	}
+	return body, nil
 }
 
 func (h *Handler) answer(w http.ResponseWriter, req *http.Request, code int, answer any) {
@@ -175,11 +217,19 @@ func (h *Handler) fail(w http.ResponseWriter, req *http.Request, err error) {
 	switch p.status {
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", "Bearer")
+		h.counts.Nothing(event.Refused)
+		h.refused.Do(func() { h.tell(req, p) })
+		h.answer(w, req, p.status, map[string]string{"error": p.text})
+		return
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", retryAfter)
 	}
-	h.log.InfoContext(req.Context(), "a request to prefetch is not served", "status", p.status, "reason", p.text, "remote", req.RemoteAddr)
+	h.tell(req, p)
 	h.answer(w, req, p.status, map[string]string{"error": p.text})
+}
+
+func (h *Handler) tell(req *http.Request, p *problem) {
+	h.log.InfoContext(req.Context(), "a request to prefetch is not served", "status", p.status, "reason", p.text, "remote", req.RemoteAddr)
 }
 
 // ofNodes makes an answer of an error of the Node API, or of anything else that
@@ -203,8 +253,7 @@ func (h *Handler) authenticate(req *http.Request, body []byte) error {
 		h.log.ErrorContext(req.Context(), "the API cannot be served: its tokens cannot be read", "error", err)
 		return &problem{http.StatusServiceUnavailable, "not now"}
 	}
-	scheme, sent, _ := strings.Cut(req.Header.Get("Authorization"), " ")
-	if strings.EqualFold(scheme, "bearer") {
+	if sent, ok := bearer(req); ok {
 		sum, found := sha256.Sum256([]byte(strings.TrimSpace(sent))), 0
 		for _, t := range tokens {
 			want := sha256.Sum256([]byte(t))
@@ -215,10 +264,9 @@ func (h *Handler) authenticate(req *http.Request, body []byte) error {
 		}
 		return &problem{http.StatusUnauthorized, "the token is wrong"}
 	}
-	signature, ok := strings.CutPrefix(req.Header.Get("X-Signature"), "sha256=")
-	mac, err := hex.DecodeString(signature)
-	if !ok || err != nil {
-		return &problem{http.StatusUnauthorized, "neither a token (Authorization: Bearer) nor a signature (X-Signature: sha256=hex)"}
+	mac, err := signature(req)
+	if err != nil {
+		return err
 	}
 	signed := body
 	if req.Method == http.MethodGet {
@@ -234,10 +282,31 @@ func (h *Handler) authenticate(req *http.Request, body []byte) error {
 	return &problem{http.StatusUnauthorized, "the signature is wrong"}
 }
 
+func bearer(req *http.Request) (token string, ok bool) {
+	scheme, token, _ := strings.Cut(req.Header.Get("Authorization"), " ")
+	return token, strings.EqualFold(scheme, "bearer")
+}
+
+// signature returns the one that was sent, which may be anybody's.
+func signature(req *http.Request) ([]byte, error) {
+	text, ok := strings.CutPrefix(req.Header.Get("X-Signature"), "sha256=")
+	mac, err := hex.DecodeString(text)
+	if !ok || err != nil || len(mac) != sha256.Size {
+		return nil, &problem{http.StatusUnauthorized, "neither a token (Authorization: Bearer) nor a signature (X-Signature: sha256=hex)"}
+	}
+	return mac, nil
+}
+
+// byBody tells whether only the body can show who calls.
+func byBody(req *http.Request) bool {
+	_, token := bearer(req)
+	return !token && req.Method != http.MethodGet && req.Header.Get("X-Signature") != ""
+}
+
 func (h *Handler) post(req *http.Request, body []byte) (int, any, error) {
 	ctx, cancel := context.WithTimeout(req.Context(), decideTime)
 	defer cancel()
-	want, e, err := read(body)
+	want, e, err := understand(body)
 	if err != nil {
 		return 0, nil, &problem{http.StatusBadRequest, err.Error()}
 	}

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"reflect"
 	"slices"
 	"strings"
@@ -452,6 +453,54 @@ func TestTooManyAtOnceAreSentAway(t *testing.T) {
 	})
 }
 
+// slow is a connection whose body never comes.
+type slow struct {
+	*httptest.ResponseRecorder
+	until time.Time
+}
+
+func (s *slow) SetReadDeadline(t time.Time) error { s.until = t; return nil }
+
+func (s *slow) Read([]byte) (int, error) {
+	time.Sleep(time.Until(s.until))
+	return 0, os.ErrDeadlineExceeded
+}
+
+// Whether a signature is right shows only when the body is there. Who makes one up
+// and sends nothing holds up no caller with a token, and others not for long.
+func TestMadeUpSignaturesHoldNoPlaces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const body = `{"image": "r.example/a:1"}`
+		h, count := handler(newCluster(), web)
+		var wg sync.WaitGroup
+		for range maxUnknown {
+			wg.Go(func() {
+				s := &slow{ResponseRecorder: httptest.NewRecorder()}
+				req := httptest.NewRequest(http.MethodPost, "/v1/prefetch", s)
+				req.Header.Set("X-Signature", signed("made up"))
+				start := time.Now()
+				if h.ServeHTTP(s, req); s.Code != http.StatusBadRequest || time.Since(start) != readTime {
+					t.Errorf("%d after %s", s.Code, time.Since(start))
+				}
+			})
+		}
+		synctest.Wait()
+		if code, got, _ := call(h, "POST", "/v1/prefetch", body); code != 202 {
+			t.Errorf("with a token: %d %s", code, got)
+		}
+		if code, got, _ := call(h, "POST", "/v1/prefetch", body, "Authorization", "", "X-Signature", signed(body)); code != 503 {
+			t.Errorf("signed: %d %s", code, got)
+		}
+		wg.Wait()
+		if code, got, _ := call(h, "POST", "/v1/prefetch", body, "Authorization", "", "X-Signature", signed(body)); code != 202 {
+			t.Errorf("signed, later: %d %s", code, got)
+		}
+		if code, _, _ := call(h, "POST", "/v1/prefetch", body, "Authorization", "", "X-Signature", signed("made up")); code != 401 || !slices.Equal(count.nothing, []event.Kind{event.Refused}) {
+			t.Errorf("%d, counted %v", code, count.nothing)
+		}
+	})
+}
+
 // unread is a body that a stranger sends, and that nobody waits for.
 type unread struct{ t *testing.T }
 
@@ -463,22 +512,25 @@ func (u unread) Read([]byte) (int, error) {
 // Strangers take no place of those who have a token.
 func TestStrangersAreSentAwayUnread(t *testing.T) {
 	h, _ := handler(newCluster(), web)
-	for _, token := range []string{"", "Bearer wrong"} {
+	for _, c := range []struct{ token, signature string }{
+		{"", ""}, {"Bearer wrong", ""}, {"Bearer wrong", signed("made up")}, {"", "sha256=0123"}, {"", "made up"},
+	} {
 		req := httptest.NewRequest(http.MethodPost, "/v1/prefetch", unread{t})
-		req.Header.Set("Authorization", token)
+		req.Header.Set("Authorization", c.token)
+		req.Header.Set("X-Signature", c.signature)
 		w := httptest.NewRecorder()
 		if h.ServeHTTP(w, req); w.Code != http.StatusUnauthorized {
-			t.Errorf("%q: %d %s", token, w.Code, w.Body)
+			t.Errorf("%q: %d %s", c, w.Code, w.Body)
 		}
 	}
 }
 
-func FuzzRead(f *testing.F) {
+func FuzzWish(f *testing.F) {
 	f.Add([]byte(`{"image": "r.example/a:1@` + d1.String() + `", "digest": "` + d1.String() + `", "id": "x", "platforms": ["linux/arm64"],` +
 		` "nodes": {"labels": "zone=a", "count": 2, "percent": 50, "running_repository": true}, "referrers": true, "timeout": "10m"}`))
 	f.Add([]byte(`{"image": "r.example/a:1"} x`))
 	f.Fuzz(func(t *testing.T, body []byte) {
-		w, e, err := read(body)
+		w, e, err := understand(body)
 		if err != nil {
 			return
 		}

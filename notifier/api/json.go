@@ -48,8 +48,8 @@ var (
 	requestID = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
 )
 
-// read reads a wish, and the image as an event of it.
-func read(body []byte) (wish, event.Event, error) {
+// understand reads a wish, and the image as an event of it.
+func understand(body []byte) (wish, event.Event, error) {
 	var w wish
 	d := json.NewDecoder(bytes.NewReader(body))
 	d.DisallowUnknownFields()
