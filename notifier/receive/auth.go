@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"io"
 	"net/http"
 	"strings"
 	"time"
@@ -22,11 +23,18 @@ import (
 	"github.com/imagewolf/imagewolf/config"
 )
 
+const maxKeys = 1 << 20 // bytes of an issuer's keys
+
 // check says why a request is not of whom it should be. Its errors hold nothing
 // of the secret, nor of what was sent in its place.
 type check func(req *http.Request, body []byte) error
 
 var errWrong = errors.New("the secret is missing or wrong")
+
+// errNotNow is the error of what could not be found out: who sends may be who it
+// should be. SNS sends nothing again that was answered with 401, and Pub/Sub waits
+// longer and longer.
+var errNotNow = errors.New("cannot be had now")
 
 // signature is where a sender puts the HMAC of its body, in hex.
 type signature struct {
@@ -164,7 +172,7 @@ func sign(k signature, secret string, body []byte) []byte {
 func tokenCheck(c config.Receiver, client *http.Client) check {
 	limited := *client
 	limited.Transport = &seldom{next: client.Transport, limit: rate.NewLimiter(rate.Every(time.Second), 5)}
-	keys := oidc.NewRemoteKeySet(oidc.ClientContext(context.Background(), &limited), c.OIDCKeysURL)
+	keys := keySet{oidc.NewRemoteKeySet(oidc.ClientContext(context.Background(), &limited), c.OIDCKeysURL)}
 	verifier := oidc.NewVerifier(c.OIDCIssuer, keys, &oidc.Config{
 		ClientID: c.OIDCAudience, SupportedSigningAlgs: []string{oidc.RS256, oidc.ES256},
 	})
@@ -173,7 +181,11 @@ func tokenCheck(c config.Receiver, client *http.Client) check {
 		if raw == "" {
 			return errors.New("no token")
 		}
-		token, err := verifier.Verify(req.Context(), raw)
+		var away error
+		token, err := verifier.Verify(context.WithValue(req.Context(), awayKey{}, &away), raw)
+		if away != nil {
+			return fmt.Errorf("the issuer's keys: %w", away)
+		}
 		if err != nil {
 			return fmt.Errorf("the token: %w", err)
 		}
@@ -194,19 +206,51 @@ func tokenCheck(c config.Receiver, client *http.Client) check {
 	}
 }
 
-// seldom is a transport that fails when it is used too often.
+// keySet tells, through the context, that keys could not be had: the verifier's
+// error does not say what it is of.
+type keySet struct{ *oidc.RemoteKeySet }
+
+type awayKey struct{}
+
+// VerifySignature implements oidc.KeySet.
+func (k keySet) VerifySignature(ctx context.Context, jwt string) ([]byte, error) {
+	payload, err := k.RemoteKeySet.VerifySignature(ctx, jwt)
+	if away, ok := ctx.Value(awayKey{}).(*error); ok && errors.Is(err, errNotNow) {
+		*away = err
+	}
+	return payload, err
+}
+
+// seldom is a transport for keys, which fails when it is used too often. All its
+// errors are errNotNow: whatever goes wrong here, no sender can help it.
 type seldom struct {
 	next  http.RoundTripper // nil: the default one
 	limit *rate.Limiter
 }
 
-// RoundTrip implements http.RoundTripper.
+// RoundTrip implements http.RoundTripper. The answer is there as a whole.
 func (s *seldom) RoundTrip(req *http.Request) (*http.Response, error) {
 	if !s.limit.Allow() {
-		return nil, errors.New("asked too often for keys")
+		return nil, fmt.Errorf("%w: asked for too often", errNotNow)
 	}
-	if s.next == nil {
-		return http.DefaultTransport.RoundTrip(req)
+	next := s.next
+	if next == nil {
+		next = http.DefaultTransport
 	}
-	return s.next.RoundTrip(req)
+	res, err := next.RoundTrip(req)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errNotNow, err)
+	}
+	defer res.Body.Close() //nolint:errcheck // only read
+	body, err := io.ReadAll(io.LimitReader(res.Body, maxKeys))
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", errNotNow, err)
+	case res.StatusCode != http.StatusOK:
+		return nil, fmt.Errorf("%w: %s answered %d", errNotNow, req.URL.Host, res.StatusCode)
+	case !json.Valid(body):
+		return nil, fmt.Errorf("%w: %s answered with no JSON, or with more than %d bytes", errNotNow, req.URL.Host, maxKeys)
+	}
+	res.Body = io.NopCloser(bytes.NewReader(body))
+	return res, nil
 }

@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -241,6 +242,51 @@ func TestAnSNSCertificateThatCannotBeHadNow(t *testing.T) {
 		if w.Code != c.want || len(k.events) != 0 {
 			t.Errorf("%s: %d, want %d; kept %+v", name, w.Code, c.want, k.events)
 		}
+	}
+}
+
+// One certificate that does not come holds up no message that is signed with
+// another, and is asked for once.
+func TestASlowSNSCertificateHoldsUpNoOther(t *testing.T) {
+	const host = "https://sns.eu-west-1.amazonaws.com/SimpleNotificationService-"
+	_, der := snsKey(t)
+	asked, release := make(chan struct{}, 3), make(chan struct{}) // of the slow one
+	s := newSNSSigned(topic, &http.Client{Transport: roundTrip(func(req *http.Request) (*http.Response, error) {
+		if strings.HasSuffix(req.URL.Path, "-5low.pem") {
+			asked <- struct{}{}
+			<-release
+		}
+		w := httptest.NewRecorder()
+		err := pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: der})
+		return w.Result(), err
+	})})
+	get := func(name string) {
+		if c, err := s.cert(t.Context(), host+name+".pem"); err != nil || c == nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	get("0a")
+	var slow sync.WaitGroup
+	for range 3 {
+		slow.Go(func() { get("5low") })
+	}
+	<-asked
+	others := make(chan struct{})
+	go func() {
+		defer close(others)
+		get("0a") // that is here
+		get("0b") // that is asked for
+	}()
+	select {
+	case <-others:
+	case <-time.After(10 * time.Second): // only if it fails
+		t.Error("others are held up")
+	}
+	close(release)
+	<-others
+	slow.Wait()
+	if len(asked) != 0 {
+		t.Errorf("asked %d times", 1+len(asked))
 	}
 }
 

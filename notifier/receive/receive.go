@@ -8,8 +8,8 @@
 //	400  a body that cannot be read, 413 one that is too large; 200 to those
 //	     senders that would otherwise repeat it without end and send nothing else
 //	401  who sends did not prove who it is; 404 where the path is the proof
-//	503  the queue takes no more, or SNS could not be asked for its certificate or
-//	     to confirm a subscription: later
+//	503  the queue takes no more, or SNS or an OIDC issuer could not be asked for its
+//	     certificate or keys, or SNS to confirm a subscription: later
 //
 // Secrets, signatures, tokens and bodies are not logged, nor are URLs, which
 // may hold a secret.
@@ -188,11 +188,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		http.Error(w, "webhooks are sent with POST", http.StatusMethodNotAllowed)
 		return
 	}
-	if r.before != nil {
-		if err := r.before(req, nil); err != nil {
-			h.refuse(w, req, r, err)
-			return
-		}
+	if r.before != nil && !h.passes(w, req, r, r.before(req, nil)) {
+		return
 	}
 	if !r.enter(req.Context()) {
 		later(w, "too many requests at once")
@@ -246,19 +243,8 @@ func (h *Handler) take(w http.ResponseWriter, req *http.Request, r *receiver) {
 		http.Error(w, "the body broke off", http.StatusBadRequest)
 		return
 	}
-	if r.signed != nil {
-		err := r.signed(req, body)
-		switch {
-		case errors.Is(err, errNotNow):
-			h.refused.Do(func() {
-				h.log.WarnContext(ctx, "whether a sender is who it should be cannot be found out now", "receiver", r.name, "error", err)
-			})
-			later(w, "the signature cannot be checked now")
-			return
-		case err != nil:
-			h.refuse(w, req, r, err)
-			return
-		}
+	if r.signed != nil && !h.passes(w, req, r, r.signed(req, body)) {
+		return
 	}
 	result, err := event.Decode(r.config.Type, event.Delivery{
 		Header: req.Header, Body: body, Registry: r.config.Registry, Topic: r.config.TopicARN,
@@ -318,6 +304,20 @@ func (h *Handler) unreadable(ctx context.Context, w http.ResponseWriter, r *rece
 		return
 	}
 	http.Error(w, "this is not what receivers of this type take", status)
+}
+
+// passes tells whether a check has found nothing wrong, and answers if it has.
+func (h *Handler) passes(w http.ResponseWriter, req *http.Request, r *receiver, found error) bool {
+	switch {
+	case errors.Is(found, errNotNow):
+		h.refused.Do(func() {
+			h.log.WarnContext(req.Context(), "whether a sender is who it should be cannot be found out now", "receiver", r.name, "error", found)
+		})
+		later(w, "who sends cannot be checked now")
+	case found != nil:
+		h.refuse(w, req, r, found)
+	}
+	return found == nil
 }
 
 // refuse answers a sender that did not prove who it is.

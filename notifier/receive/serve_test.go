@@ -9,15 +9,20 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
+	"testing/synctest"
 	"time"
 
 	"github.com/coreos/go-oidc/v3/oidc"
@@ -219,11 +224,71 @@ func TestTokensOfPubSub(t *testing.T) {
 	for i := range 30 {
 		h, body := fixture(t, "google/push")
 		h.Set("Authorization", "Bearer "+oidctest.SignIDToken(other, fmt.Sprint("k", i+2), oidc.ES256, claims("", nil)))
-		if w := b.post(t, "/hooks/it", h, body); w.Code != 401 {
+		if w := b.post(t, "/hooks/it", h, body); w.Code != 401 && w.Code != 503 {
 			t.Errorf("%d", w.Code)
 		}
 	}
 	if n := asked.Load(); n < 1 || n > 8 {
 		t.Errorf("asked %d times for keys", n)
+	}
+}
+
+// While the issuer's keys cannot be had nobody knows who sends: Pub/Sub is to send
+// again, soon. Who is known by keys that are here is let in meanwhile.
+func TestKeysOfAnIssuerThatCannotBeHadNow(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	issuer := &oidctest.Server{PublicKeys: []oidctest.PublicKey{{PublicKey: key.Public(), KeyID: "k1", Algorithm: oidc.ES256}}}
+	issuer.SetIssuer("https://issuer.example")
+	r := config.Receiver{
+		Type: "google", Auth: "oidc", OIDCIssuer: "https://accounts.google.com", OIDCAudience: "us", OIDCSubject: "1173",
+		OIDCKeysURL: "https://issuer.example/keys",
+	}
+	token := func(kid, subject string) string {
+		return oidctest.SignIDToken(key, kid, oidc.ES256, fmt.Sprintf(
+			`{"iss":"https://accounts.google.com","aud":"us","sub":%q,"iat":%d,"exp":%d}`, subject, time.Now().Unix(), time.Now().Add(time.Hour).Unix()))
+	}
+	keys := func(req *http.Request) (*http.Response, error) {
+		w := httptest.NewRecorder()
+		issuer.ServeHTTP(w, req)
+		return w.Result(), nil
+	}
+	answers := func(status int, body io.Reader) roundTrip {
+		return func(*http.Request) (*http.Response, error) {
+			return &http.Response{StatusCode: status, Body: io.NopCloser(body), Header: http.Header{}}, nil
+		}
+	}
+	for name, away := range map[string]roundTrip{
+		"away":    func(*http.Request) (*http.Response, error) { return nil, errors.New("no way there") },
+		"failing": answers(http.StatusBadGateway, strings.NewReader("")),
+		"absent":  answers(http.StatusNotFound, strings.NewReader("{}")),
+		"no keys": answers(http.StatusOK, strings.NewReader("<html>")),
+		"cut":     answers(http.StatusOK, io.MultiReader(strings.NewReader("{"), iotest.ErrReader(io.ErrUnexpectedEOF))),
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				now := away
+				b := newBed(t, r, roundTrip(func(req *http.Request) (*http.Response, error) { return now(req) }))
+				post := func(token string, want int) {
+					t.Helper()
+					h, body := fixture(t, "google/push")
+					h.Set("Authorization", "Bearer "+token)
+					w := b.post(t, "/hooks/it", h, body)
+					if w.Code != want || (want == 503) != (w.Header().Get("Retry-After") != "") {
+						t.Errorf("%d, want %d; log: %s", w.Code, want, b.log)
+					}
+					synctest.Wait() // for what is left of asking for keys
+				}
+				post(token("k1", "1173"), 503)
+				now = keys
+				post(token("k1", "1173"), 200)
+				now = away
+				post(token("k1", "1173"), 200)
+				post(token("k1", "another"), 401)
+				post(token("k2", "1173"), 503) // a new key, as far as can be told
+			})
+		})
 	}
 }

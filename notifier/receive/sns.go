@@ -19,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/singleflight"
 	"golang.org/x/time/rate"
 )
 
@@ -27,10 +28,6 @@ const (
 	maxCerts = 16            // kept; SNS has one for each region at a time
 	snsFor   = 2 * time.Hour // how old a message may be: SNS tries for one
 )
-
-// errNotNow is the error of what could not be found out: who sends may be who it
-// should be, and SNS sends nothing again that was answered with 401.
-var errNotNow = errors.New("cannot be had now")
 
 var snsCertPath = regexp.MustCompile(`^/SimpleNotificationService-[0-9a-zA-Z]{1,64}\.pem$`)
 
@@ -70,9 +67,10 @@ func (m snsMessage) text() string {
 type snsSigned struct {
 	topic  string
 	client *http.Client
-	limit  *rate.Limiter // of requests for certificates: anyone can name one
+	limit  *rate.Limiter      // of requests for certificates: anyone can name one
+	asked  singleflight.Group // requests for certificates, by path
 
-	mu    sync.Mutex // guards what follows
+	mu    sync.Mutex // guards what follows; not held while SNS is asked
 	certs map[string]*x509.Certificate
 }
 
@@ -128,16 +126,40 @@ func (s *snsSigned) cert(ctx context.Context, at string) (*x509.Certificate, err
 		return nil, fmt.Errorf("it is not one of https://%s", host)
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if c := s.certs[u.Path]; c != nil {
+	c := s.certs[u.Path]
+	s.mu.Unlock()
+	if c != nil {
 		return c, nil
 	}
+	got, err, _ := s.asked.Do(u.Path, func() (any, error) {
+		c, err := s.fetch(ctx, host, u.Path)
+		if err != nil {
+			return nil, err
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if len(s.certs) >= maxCerts {
+			clear(s.certs)
+		}
+		s.certs[u.Path] = c
+		return c, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	c, _ = got.(*x509.Certificate) // nothing else is returned
+	return c, nil
+}
+
+// fetch asks SNS for a certificate, within outTime. Others wait for it, too: it does
+// not end with the request that came first.
+func (s *snsSigned) fetch(ctx context.Context, host, path string) (*x509.Certificate, error) {
 	if !s.limit.Allow() {
 		return nil, fmt.Errorf("%w: asked for too often", errNotNow)
 	}
-	ctx, cancel := context.WithTimeout(ctx, outTime)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), outTime)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+host+u.Path, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+host+path, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -160,13 +182,5 @@ func (s *snsSigned) cert(ctx context.Context, at string) (*x509.Certificate, err
 	if block == nil {
 		return nil, errors.New("no PEM in it")
 	}
-	c, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
-		return nil, err
-	}
-	if len(s.certs) >= maxCerts {
-		clear(s.certs)
-	}
-	s.certs[u.Path] = c
-	return c, nil
+	return x509.ParseCertificate(block.Bytes)
 }
