@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -84,15 +85,39 @@ func newGuard(c config.NotifierRegistry) (*guard, error) {
 	}, nil
 }
 
-// refuseOwn refuses to connect to this machine and to what is only on its link,
-// where clouds have the credentials of their machines.
+// metadata are the addresses, beside those of the link, at which clouds tell their
+// machines' credentials.
+var metadata = []netip.Prefix{
+	netip.MustParsePrefix("100.100.100.200/32"), // Alibaba
+	netip.MustParsePrefix("168.63.129.16/32"),   // Azure
+	netip.MustParsePrefix("fd00:ec2::/32"),      // AWS
+	netip.MustParsePrefix("fd20:ce::254/128"),   // Google
+	netip.MustParsePrefix("fd00:c1::/32"),       // Oracle
+	netip.MustParsePrefix("fd00:42::42/128"),    // Scaleway
+}
+
+// inIPv6 are the prefixes before an IPv4 address in one of IPv6: that of NAT64, and
+// one that is out of use.
+var inIPv6 = []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96"), netip.MustParsePrefix("::/96")}
+
+// refuseOwn refuses to connect to this machine and to what is only on its link or
+// tells clouds' machines their credentials.
 func refuseOwn(_, address string, _ syscall.RawConn) error {
 	at, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return err
 	}
-	if ip := at.Addr().Unmap(); ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsMulticast() || ip.IsUnspecified() {
-		return &refusedError{fmt.Sprintf("redirected to %s, which is an address of this machine or of its link", at)}
+	ip := at.Addr().Unmap().WithZone("")
+	all := []netip.Addr{ip}
+	if in := func(p netip.Prefix) bool { return p.Contains(ip) }; slices.ContainsFunc(inIPv6, in) {
+		b := ip.As16()
+		all = append(all, netip.AddrFrom4([4]byte(b[12:])))
+	}
+	for _, ip := range all {
+		told := slices.ContainsFunc(metadata, func(p netip.Prefix) bool { return p.Contains(ip) })
+		if told || ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsMulticast() || ip.IsUnspecified() {
+			return &refusedError{fmt.Sprintf("redirected to %s, which is an address of this machine, of its link or of its cloud's credentials", at)}
+		}
 	}
 	return nil
 }

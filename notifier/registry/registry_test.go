@@ -452,6 +452,10 @@ func TestWhereRequestsMayLead(t *testing.T) {
 	}
 	for address, ok := range map[string]bool{
 		"127.0.0.1:443": false, "[::1]:443": false, "169.254.169.254:80": false, "[fe80::1]:443": false, "[::ffff:127.0.0.1]:443": false, "0.0.0.0:1": false,
+		"[fe80::1%eth0]:443": false, "[::ffff:169.254.169.254]:80": false, "[::127.0.0.1]:443": false, "[64:ff9b::a9fe:a9fe]:80": false,
+		"100.100.100.200:80": false, "[::ffff:100.100.100.200]:80": false, "168.63.129.16:80": false,
+		"[fd00:ec2::254]:80": false, "[fd20:ce::254]:80": false, "[fd00:c1::a9fe:a9fe]:80": false, "[fd00:42::42]:80": false,
+		"[64:ff9b::203.0.113.1]:443": true, "[fd00:ec3::254]:443": true, "100.100.100.201:443": true,
 		"10.0.0.1:443": true, "192.0.2.1:443": true, "[2001:db8::1]:443": true, "nonsense": false,
 	} {
 		if err := refuseOwn("tcp", address, nil); (err == nil) != ok {
