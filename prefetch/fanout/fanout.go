@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -373,10 +374,10 @@ func (f *Fanout) add(start *imagewolfv1.StartRequest, untold ...string) (r *reco
 		f.mu.Unlock()
 		return known, false, nil
 	}
-	dropped, ok := f.makeRoom(len(start.Nodes))
-	if !ok {
+	dropped, err := f.makeRoom(len(start.Nodes))
+	if err != nil {
 		f.mu.Unlock()
-		return nil, false, status.Errorf(codes.ResourceExhausted, "node %s has %d requests that have not ended: wait until some have, or cancel some", f.o.Self, maxRequests)
+		return nil, false, err
 	}
 	r.name = f.o.Puller.Record(r.start.Request)
 	f.records[r.id()] = r
@@ -396,23 +397,41 @@ func (f *Fanout) add(start *imagewolfv1.StartRequest, untold ...string) (r *reco
 	return r, true, nil
 }
 
-// makeRoom forgets the oldest requests that have ended until there is room for
-// one more with so many nodes. f.mu must be held.
-func (f *Fanout) makeRoom(nodes int) (dropped []*record, ok bool) {
-	for len(f.records) >= maxRequests || f.places+nodes > maxPlaces {
-		var oldest *record
-		for _, r := range f.records {
-			if r.finished() && (oldest == nil || r.changed.Before(oldest.changed)) {
-				oldest = r
-			}
-		}
-		if oldest == nil {
-			return dropped, false
-		}
-		f.forget(oldest)
-		dropped = append(dropped, oldest)
+// makeRoom forgets the oldest requests that have ended, as many as there must be for
+// one more with so many nodes. Its error is ResourceExhausted, and then it forgets
+// none. f.mu must be held.
+func (f *Fanout) makeRoom(nodes int) (dropped []*record, err error) {
+	requests, places := len(f.records)+1, f.places+nodes
+	if requests <= maxRequests && places <= maxPlaces {
+		return nil, nil
 	}
-	return dropped, true
+	var old []*record
+	for _, r := range f.records {
+		if r.finished() {
+			old = append(old, r)
+		}
+	}
+	slices.SortFunc(old, func(a, b *record) int { return a.changed.Compare(b.changed) })
+	for _, r := range old {
+		if requests <= maxRequests && places <= maxPlaces {
+			break
+		}
+		requests--
+		places -= len(r.start.Nodes)
+		dropped = append(dropped, r)
+	}
+	switch {
+	case requests > maxRequests:
+		return nil, status.Errorf(codes.ResourceExhausted, "node %s has %d requests that have not ended: wait until some have, or cancel some", f.o.Self, requests-1)
+	case places > maxPlaces:
+		return nil, status.Errorf(codes.ResourceExhausted,
+			"the requests on node %s that have not ended are of %d nodes, and this one of %d, together more than %d: wait until some have, cancel some, or select fewer nodes",
+			f.o.Self, places-nodes, nodes, maxPlaces)
+	}
+	for _, r := range dropped {
+		f.forget(r)
+	}
+	return dropped, nil
 }
 
 // cancel ends this node's part of a request. f.mu must be held.

@@ -520,12 +520,39 @@ func TestWhatIsRememberedIsBounded(t *testing.T) {
 		n.Fanout.mu.Unlock()
 		fill(queued)
 		_, err := n.Node().Prefetch(t.Context(), &imagewolfv1.PrefetchRequest{Image: image})
-		if code(err) != codes.ResourceExhausted {
+		if code(err) != codes.ResourceExhausted || !strings.Contains(err.Error(), "node a has 10000 requests that have not ended") {
 			t.Errorf("when all are under way: %v", err)
 		}
 		n.Fanout.mu.Lock()
 		clear(n.records)
+		n.places = maxPlaces
 		n.Fanout.mu.Unlock()
+		_, err = n.Node().Prefetch(t.Context(), &imagewolfv1.PrefetchRequest{Image: image})
+		if code(err) != codes.ResourceExhausted || !strings.Contains(err.Error(), "are of 1000000 nodes, and this one of 1, together more than 1000000") {
+			t.Errorf("when they have too many nodes: %v", err)
+		}
+	})
+}
+
+// What a node no longer tries to tell others it has forgotten a day later, also if it
+// is started anew in between.
+func TestNobodyIsToldAfterTheTimeIsUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a, b := w.add("a", nil), w.add("b", nil)
+		b.set(func() { b.deaf = true })
+		prefetchOn(t, a, &imagewolfv1.PrefetchRequest{Image: image, TimeoutSeconds: 30})
+		time.Sleep(12 * time.Hour)
+		a.stop()
+		a.start()
+		time.Sleep(12*time.Hour - time.Minute)
+		if a.held() != 1 {
+			t.Errorf("%d remembered within a day", a.held())
+		}
+		time.Sleep(3 * time.Minute)
+		if a.held() != 0 {
+			t.Errorf("%d remembered after a day", a.held())
+		}
 	})
 }
 

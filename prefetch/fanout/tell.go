@@ -142,7 +142,13 @@ func (f *Fanout) tellAll(ctx context.Context) {
 				delete(again, n)
 			}
 		}
-		jobs, left := f.untold(now, again)
+		jobs, over, left := f.untold(now, again)
+		if len(over) > 0 {
+			if err := f.save(over...); err != nil && ctx.Err() == nil {
+				f.o.Log.Warn("that nobody is told of old prefetches any more is not kept over a restart", "requests", len(over), "err", err)
+			}
+			f.signal()
+		}
 		var mu sync.Mutex
 		var g errgroup.Group
 		g.SetLimit(followAtOnce)
@@ -177,8 +183,9 @@ func (f *Fanout) tellAll(ctx context.Context) {
 }
 
 // untold returns whom to tell of what now, and whether there will be somebody
-// later. Requests that are out of time are nobody's news any more.
-func (f *Fanout) untold(now time.Time, again map[string]time.Time) (jobs map[*record][]string, left bool) {
+// later. Requests that are out of time are nobody's news any more: it returns those
+// of which that is new.
+func (f *Fanout) untold(now time.Time, again map[string]time.Time) (jobs map[*record][]string, over []*record, left bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	jobs = map[*record][]string{}
@@ -187,7 +194,7 @@ func (f *Fanout) untold(now time.Time, again map[string]time.Time) (jobs map[*re
 		if !r.deadline().After(now) && len(r.untold) > 0 {
 			clear(r.untold)
 			r.changed = now
-			f.signal()
+			over = append(over, r)
 		}
 		for node := range r.untold {
 			left = true
@@ -197,7 +204,7 @@ func (f *Fanout) untold(now time.Time, again map[string]time.Time) (jobs map[*re
 			}
 		}
 	}
-	return jobs, left
+	return jobs, over, left
 }
 
 // followAll finds out, for requests that only some nodes may pull at a time,
