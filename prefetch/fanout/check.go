@@ -30,6 +30,7 @@ const (
 	maxReason    = 512 // bytes
 	maxTimeout   = 24 * time.Hour
 	maxWatches   = 256 // that are served at a time
+	maxFinds     = 32  // requests that all members are asked for at a time; others wait
 	maxListed    = 1000
 	usualListed  = 100
 )

@@ -87,6 +87,7 @@ type Fanout struct {
 	wake   chan struct{} // has room for one: there may be something to pull
 	news   chan struct{} // has room for one: there may be somebody to tell
 	follow chan struct{} // has room for one: there may be a node to follow
+	finds  chan struct{} // has an entry for each request that members are asked for
 
 	mu      sync.Mutex
 	db      *bbolt.DB          // guarded by mu; nil while Run does not run
@@ -94,11 +95,12 @@ type Fanout struct {
 	places  int                // guarded by mu: the selected nodes of them all
 	pulling int                // guarded by mu: pulls that have not returned
 	watches int                // guarded by mu
+	scenes  map[string]*scene  // guarded by mu: requests that are watched, by id
 }
 
 // New returns a Fanout. It starts nothing and touches nothing.
 func New(o Options) *Fanout {
-	return &Fanout{o: o, wake: make(chan struct{}, 1), news: make(chan struct{}, 1), follow: make(chan struct{}, 1)}
+	return &Fanout{o: o, wake: make(chan struct{}, 1), news: make(chan struct{}, 1), follow: make(chan struct{}, 1), finds: make(chan struct{}, maxFinds), scenes: map[string]*scene{}}
 }
 
 // Run works off requests until ctx ends, which is no error, and leaves nothing

@@ -62,6 +62,9 @@ type testNode struct {
 	pulled []string        // guarded by mu: images, in the order of the pulls' beginnings
 	has    map[string]bool // guarded by mu: images of whose repository it says it has some
 	counts map[string]int  // guarded by mu
+	called int             // guarded by mu: by other nodes
+	calls  int             // guarded by mu: by other nodes, now
+	most   int             // guarded by mu: and at any time
 	stop   func()          // ends its run
 }
 
@@ -221,7 +224,11 @@ type wire struct{ to *testNode }
 func call[In, Out proto.Message](ctx context.Context, w wire, in In, do func(context.Context, In) (Out, error)) (Out, error) {
 	w.to.mu.Lock()
 	deaf := w.to.deaf
+	w.to.called++
+	w.to.calls++
+	w.to.most = max(w.to.most, w.to.calls)
 	w.to.mu.Unlock()
+	defer w.to.set(func() { w.to.calls-- })
 	var none Out
 	if deaf {
 		<-ctx.Done()

@@ -2,7 +2,6 @@ package fanout
 
 import (
 	"context"
-	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -13,11 +12,6 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
-)
-
-const (
-	watchEvery = 250 * time.Millisecond // least between two looks of one who watches
-	watchEach  = 4 * time.Millisecond   // and more by so much for every node that is asked
 )
 
 // known is a request as somebody knows it. Nothing in it is changed.
@@ -57,6 +51,13 @@ func (f *Fanout) find(ctx context.Context, id string) (known, error) {
 	}
 	if k, ok := f.own(id); ok {
 		return k, nil
+	}
+	// Every id that nobody knows costs a call to each member.
+	select {
+	case f.finds <- struct{}{}:
+		defer func() { <-f.finds }()
+	case <-ctx.Done():
+		return known{}, status.FromContextError(ctx.Err()).Err()
 	}
 	members, err := f.o.Cluster.Members(ctx)
 	if err != nil {
@@ -205,175 +206,4 @@ func (k *known) settled(st *imagewolfv1.PrefetchStatus) bool {
 		}
 	}
 	return true
-}
-
-// watch sends the status as it changes, until no node has anything left to do or
-// ctx ends.
-func (f *Fanout) watch(ctx context.Context, id string, send func(*imagewolfv1.PrefetchStatus) error) error {
-	k, err := f.find(ctx, id)
-	if err != nil {
-		return err
-	}
-	f.mu.Lock()
-	f.watches++
-	full := f.watches > maxWatches
-	f.mu.Unlock()
-	defer func() {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		f.watches--
-	}()
-	if full {
-		return status.Errorf(codes.ResourceExhausted, "%d requests are being watched on node %s: watch on another, or ask from time to time", maxWatches, f.o.Self)
-	}
-	past := map[string]*imagewolfv1.NodePrefetch{}
-	var last *imagewolfv1.PrefetchStatus
-	for {
-		st := f.status(ctx, &k, past)
-		if err := ctx.Err(); err != nil {
-			return status.FromContextError(err).Err()
-		}
-		if !proto.Equal(st, last) {
-			if err := send(st); err != nil {
-				return err
-			}
-			last = st
-		}
-		if k.settled(st) {
-			return nil
-		}
-		if err := f.running(); err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return status.FromContextError(ctx.Err()).Err()
-		case <-time.After(max(watchEvery, time.Duration(len(k.start.Nodes)-len(past))*watchEach)):
-		}
-	}
-}
-
-// list returns the newest requests that any member knows, the newest first.
-func (f *Fanout) list(ctx context.Context, limit uint32) ([]*imagewolfv1.PrefetchStatus, error) {
-	if err := f.running(); err != nil {
-		return nil, err
-	}
-	members, err := f.o.Cluster.Members(ctx)
-	if err != nil {
-		return nil, status.Errorf(codes.Unavailable, "the members of the cluster are not known: %v", err)
-	}
-	names := append(without(members, f.o.Self), f.o.Self)
-	var mu sync.Mutex
-	found, answered := map[string]*listed{}, map[string]bool{}
-	f.ask(ctx, names, func(ctx context.Context, name string, p imagewolfv1.PrefetcherClient) {
-		answer, err := p.Report(ctx, &imagewolfv1.ReportRequest{Limit: limit})
-		if err != nil {
-			return
-		}
-		mu.Lock()
-		defer mu.Unlock()
-		answered[name] = true
-		for i, r := range answer.Requests[:min(len(answer.Requests), maxListed)] {
-			k, ok := knownFrom(withoutNodes(r), time.Now())
-			if !ok || checkID(r.GetRequest().GetId()) != nil {
-				continue
-			}
-			l := found[r.Request.Id]
-			if l == nil {
-				l = &listed{known: k, states: map[string]*imagewolfv1.NodePrefetch{}}
-				found[r.Request.Id] = l
-			}
-			l.from = append(l.from, name)
-			l.canceled = l.canceled || r.Canceled
-			if i < len(answer.States) {
-				if s := stateFrom(answer.States[i], name); s != nil {
-					l.states[name] = s
-				}
-			}
-		}
-	})
-	all := slices.SortedFunc(maps.Values(found), func(a, b *listed) int { return newer(a.known.start, b.known.start) })
-	all = all[:min(len(all), int(limitOf(limit)))]
-	f.nameNodes(ctx, all)
-	out := make([]*imagewolfv1.PrefetchStatus, len(all))
-	for i, l := range all {
-		out[i] = l.status(answered)
-	}
-	return out, nil
-}
-
-// withoutNodes is what a member is to answer when it is asked for all requests.
-func withoutNodes(r *imagewolfv1.StartRequest) *imagewolfv1.StartRequest {
-	if r == nil {
-		return nil
-	}
-	r.Nodes = nil
-	return r
-}
-
-func limitOf(n uint32) uint32 {
-	if n == 0 {
-		return usualListed
-	}
-	return min(n, maxListed)
-}
-
-// listed is one request as several members tell of it.
-type listed struct {
-	known    known
-	canceled bool
-	from     []string // who told
-	states   map[string]*imagewolfv1.NodePrefetch
-}
-
-// nameNodes finds the selected nodes of requests, each from one that told of it.
-func (f *Fanout) nameNodes(ctx context.Context, all []*listed) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	var wg sync.WaitGroup
-	room := make(chan struct{}, followAtOnce)
-	for _, l := range all {
-		id := l.known.start.Request.Id
-		if k, ok := f.own(id); ok {
-			l.known = k
-			continue
-		}
-		room <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-room }()
-			for _, name := range l.from {
-				var named *imagewolfv1.StartRequest
-				f.ask(ctx, []string{name}, func(ctx context.Context, _ string, p imagewolfv1.PrefetcherClient) {
-					answer, err := p.Report(ctx, &imagewolfv1.ReportRequest{Id: id})
-					if err == nil && len(answer.Requests) == 1 && answer.Requests[0].GetRequest().GetId() == id {
-						named = answer.Requests[0]
-					}
-				})
-				if k, ok := knownFrom(named, time.Now()); ok {
-					l.known = k
-					return
-				}
-			}
-		})
-	}
-	wg.Wait()
-}
-
-// status puts together what members told.
-func (l *listed) status(answered map[string]bool) *imagewolfv1.PrefetchStatus {
-	k := l.known
-	k.start = proto.CloneOf(k.start)
-	k.start.Canceled = k.start.Canceled || l.canceled
-	if len(k.start.Nodes) == 0 { // nobody named them: those that told are known
-		k.start.Nodes = slices.Sorted(maps.Keys(l.states))
-	}
-	out := &imagewolfv1.PrefetchStatus{Request: k.start.Request, Created: k.start.Created, Canceled: k.start.Canceled}
-	for _, n := range k.start.Nodes {
-		s := l.states[n]
-		if s == nil {
-			s = k.missing(n, answered[n])
-		}
-		out.Nodes = append(out.Nodes, s)
-	}
-	return out
 }
