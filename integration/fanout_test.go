@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +14,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -116,6 +120,7 @@ func TestPrefetchRequests(t *testing.T) {
 	part("selected nodes have it", func(t *testing.T) { selectedHaveIt(ctx, t, c) })
 	part("restarts", func(t *testing.T) { prefetchThroughRestarts(ctx, t, c) })
 	part("cancel", func(t *testing.T) { prefetchCanceled(ctx, t, c) })
+	part("superseded", func(t *testing.T) { prefetchSuperseded(ctx, t, c) })
 	part("exit status", func(t *testing.T) { prefetchExits(ctx, t, c) })
 	part("network", func(t *testing.T) { prefetchByNetwork(ctx, t, c, token) })
 }
@@ -184,6 +189,53 @@ func prefetchCanceled(ctx context.Context, t *testing.T, c *harness.Cluster) {
 		t.Errorf("the registry still sends: %d bytes, then %d", before, after)
 	}
 	absent(ctx, t, kubelets, img, c.Nodes...)
+}
+
+// prefetchSuperseded: a request that has to be tried again leaves the tag to a younger
+// one, though it could be pulled by then.
+func prefetchSuperseded(ctx context.Context, t *testing.T, c *harness.Cluster) {
+	digestOf := func(ref string) string {
+		t.Helper()
+		parsed, err := name.ParseReference(ref, name.Insecure)
+		must(t, err)
+		head, err := remote.Head(parsed, remote.WithContext(ctx), remote.WithAuth(authn.Anonymous))
+		must(t, err)
+		return head.Digest.String()
+	}
+	older := image(ctx, t, 1)
+	d1 := digestOf(older.Ref)
+	registry.Behave(harness.Behavior{Status: http.StatusInternalServerError, Digest: older.Layer(0)})
+	first, _, _ := wolf(ctx, t, c.Nodes[3], "prefetch", older.Ref, "--digest", d1, "--nodes", "zone=a")
+	first = strings.TrimSpace(first)
+	must(t, harness.Poll(ctx, 200*time.Millisecond, func() error {
+		for _, n := range prefetchStatus(ctx, t, c.Nodes[2], first).Nodes {
+			if !strings.Contains(n.Reason, "failed: ") {
+				return fmt.Errorf("%s: %q", n.Node, n.Reason)
+			}
+		}
+		return nil
+	}))
+	repo := strings.TrimSuffix(strings.TrimPrefix(older.Ref, registry.Host+"/"), ":latest")
+	younger, err := registry.Push(ctx, repo, newLayer(t, harness.Gzip, harness.Random(mib)))
+	must(t, err)
+	d2 := digestOf(younger.Ref)
+	if _, _, exit := wolf(ctx, t, c.Nodes[2], "prefetch", younger.Ref, "--digest", d2, "--nodes", "zone=a", "--wait"); exit != 0 {
+		t.Errorf("the younger one: exit status %d", exit)
+	}
+	registry.Behave(harness.Behavior{})
+	awaitStates(ctx, t, c.Nodes[3], first, "canceled canceled")
+	for _, n := range prefetchStatus(ctx, t, c.Nodes[3], first).Nodes {
+		if !strings.HasPrefix(n.Reason, "superseded: ") {
+			t.Errorf("%s says %q", n.Node, n.Reason)
+		}
+	}
+	for _, n := range c.Nodes[:2] {
+		out, err := n.Ctr(ctx, kubelets, "images", "ls", "name=="+younger.Ref)
+		must(t, err)
+		if !strings.Contains(out, d2) || strings.Contains(out, d1) {
+			t.Errorf("%s has %s", n.Name, out)
+		}
+	}
 }
 
 func prefetchExits(ctx context.Context, t *testing.T, c *harness.Cluster) {
