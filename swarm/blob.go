@@ -63,6 +63,8 @@ type Blob struct {
 	err      error               // guarded by acct
 	accounts map[string]*account // guarded by acct; by peer
 	kicked   map[string]struct{} // guarded by acct; peers to be disconnected
+	gap      time.Duration       // guarded by acct; the longest that a peer took lately
+	gapAt    time.Time           // guarded by acct; when it had taken that long
 }
 
 // segment is one segment whose torrent is added, which it is the storage of.

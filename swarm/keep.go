@@ -76,6 +76,9 @@ func (s *segment) received(peer string, piece, n int) {
 	defer b.acct.Unlock()
 	s.moved = now
 	a := b.account(peer)
+	if !a.since.IsZero() {
+		b.took(now.Sub(a.since), now)
+	}
 	a.bytes, a.since = a.bytes+int64(n), now
 	from := s.senders[piece]
 	if from == nil {

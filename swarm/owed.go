@@ -6,10 +6,35 @@ import (
 	"github.com/anacrolix/torrent"
 )
 
-// late is after how long without a byte a peer that was asked is left out for a
-// while, if others have what is missing. The client asks one peer at a time for
-// each chunk, and waits.
-const late = 3 * time.Second
+const (
+	// late is after how long without a byte a peer that was asked is left out for a
+	// while, if a segment stands still and others have what is missing. The client
+	// asks one peer at a time for each chunk, and waits.
+	late = 3 * time.Second
+	// maxLate bounds that time where peers are known to take long: their lines are
+	// full, and what they were asked for is under way. Asked of others, it would come
+	// twice, over the same lines.
+	maxLate = 12 * time.Second
+	// gapFor is how long it is remembered how long they took.
+	gapFor = 10 * time.Second
+)
+
+// took notes how long a peer that was asked has sent nothing before it did. acct
+// must be held.
+func (b *Blob) took(gap time.Duration, now time.Time) {
+	if gap >= b.gap || now.Sub(b.gapAt) > gapFor {
+		b.gap, b.gapAt = gap, now
+	}
+}
+
+// lateness is after how long a peer is late: twice what others took lately. acct
+// must be held.
+func (b *Blob) lateness(now time.Time) time.Duration {
+	if now.Sub(b.gapAt) > gapFor {
+		return late
+	}
+	return min(max(late, 2*b.gap), maxLate)
+}
 
 // asked is called with the client locked, for every request that is sent.
 func (s *Swarm) asked(e torrent.PeerRequestEvent) { owe(e.Peer, 1) }
@@ -57,10 +82,17 @@ func (b *Blob) Owed(peer string) time.Time {
 	return since
 }
 
-// dismiss leaves out for a while the peers of an incomplete segment that have
-// been asked and send nothing, if one that is connected has what is missing. b.mu
-// must be held.
+// dismiss leaves out for a while the peers of an incomplete segment that stands
+// still that have been asked and send nothing, if one that is connected has what is
+// missing. b.mu must be held.
 func (b *Blob) dismiss(s *segment, now time.Time) {
+	b.acct.Lock()
+	patience := b.lateness(now)
+	stands := now.Sub(s.moved) >= patience
+	b.acct.Unlock()
+	if !stands {
+		return
+	}
 	var silent []string
 	able := false
 	for _, c := range s.t.PeerConns() {
@@ -68,7 +100,7 @@ func (b *Blob) dismiss(s *segment, now time.Time) {
 		if !ok {
 			continue
 		}
-		if since := b.Owed(f.peer); !since.IsZero() && now.Sub(since) >= late {
+		if since := b.Owed(f.peer); !since.IsZero() && now.Sub(since) >= patience {
 			silent = append(silent, f.peer)
 			continue
 		}

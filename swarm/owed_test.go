@@ -48,3 +48,31 @@ func TestSilentPeer(t *testing.T) {
 	}
 	eventually(t, "nothing owed", func() bool { return to.Owed(good.addr).IsZero() })
 }
+
+// Where all peers take long, none is late so soon; and not much later, whatever one
+// of them does.
+func TestLateness(t *testing.T) {
+	now := time.Now()
+	at := func(d time.Duration) time.Time { return now.Add(d) }
+	b := &Blob{}
+	if got := b.lateness(now); got != late {
+		t.Errorf("before anybody has sent anything: %v", got)
+	}
+	b.took(time.Second, at(0))
+	if got := b.lateness(at(0)); got != late {
+		t.Errorf("with quick peers: %v", got)
+	}
+	b.took(4*time.Second, at(0))
+	b.took(time.Millisecond, at(gapFor))
+	if got := b.lateness(at(gapFor)); got != 8*time.Second {
+		t.Errorf("with slow peers: %v", got)
+	}
+	if got := b.lateness(at(gapFor + 1)); got != late {
+		t.Errorf("long after: %v", got)
+	}
+	b.took(time.Millisecond, at(gapFor+1))
+	b.took(time.Minute, at(gapFor+2))
+	if got := b.lateness(at(gapFor + 2)); got != maxLate {
+		t.Errorf("with a very slow peer: %v", got)
+	}
+}

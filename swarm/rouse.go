@@ -102,7 +102,7 @@ func (c *conn) receive(p []byte) (int, error) {
 
 // rouse has the client look again for what it can ask of the peer.
 func (c *conn) rouse() {
-	c.roused.Store(true)                        // first: who finds the deadline passed looks for it
+	c.roused.Store(true)                   // first: who finds the deadline passed looks for it
 	_ = c.SetReadDeadline(time.Unix(1, 0)) // a closed connection has nobody to be woken
 }
 
