@@ -119,22 +119,28 @@ func complaints(err error) []string {
 	return out
 }
 
-func TestBadFiles(t *testing.T) {
-	files, err := filepath.Glob("testdata/*.bad.toml")
+// checked are settings that say what is wrong with them.
+type checked interface{ Validate() error }
+
+// checkBadFiles holds the files *.bad.toml of a directory to their complaints:
+// first those of load, and if there is none those of Validate.
+func checkBadFiles(t *testing.T, dir string, complaintsOf map[string][]string, load func(file string) (checked, error)) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*.bad.toml"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(files) != len(badFiles) {
-		t.Errorf("%d files, and %d are expected", len(files), len(badFiles))
+	if len(files) != len(complaintsOf) {
+		t.Errorf("%d files, and %d are expected", len(files), len(complaintsOf))
 	}
 	for _, file := range files {
 		t.Run(filepath.Base(file), func(t *testing.T) {
-			c, err := Load(Sources{File: file})
+			c, err := load(file)
 			got := complaints(err)
 			if err == nil {
 				got = complaints(c.Validate())
 			}
-			want := badFiles[filepath.Base(file)]
+			want := complaintsOf[filepath.Base(file)]
 			for i := range max(len(got), len(want)) {
 				switch {
 				case i >= len(got):
@@ -147,6 +153,10 @@ func TestBadFiles(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestBadFiles(t *testing.T) {
+	checkBadFiles(t, "testdata", badFiles, func(file string) (checked, error) { return Load(Sources{File: file}) })
 }
 
 func TestBadEnvironmentAndFlags(t *testing.T) {

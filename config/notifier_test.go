@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -151,33 +149,7 @@ var badNotifierFiles = map[string][]string{
 }
 
 func TestBadNotifierFiles(t *testing.T) {
-	files, err := filepath.Glob("testdata/notifier/*.bad.toml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(files) != len(badNotifierFiles) {
-		t.Errorf("%d files, and %d are expected", len(files), len(badNotifierFiles))
-	}
-	for _, file := range files {
-		t.Run(filepath.Base(file), func(t *testing.T) {
-			n, err := LoadNotifier(Sources{File: file})
-			got := complaints(err)
-			if err == nil {
-				got = complaints(n.Validate())
-			}
-			want := badNotifierFiles[filepath.Base(file)]
-			for i := range max(len(got), len(want)) {
-				switch {
-				case i >= len(got):
-					t.Errorf("missing: %s", want[i])
-				case i >= len(want):
-					t.Errorf("too much: %s", got[i])
-				case !strings.HasPrefix(got[i], strings.ReplaceAll(want[i], "%s", file)):
-					t.Errorf("got  %s\nwant %s", got[i], want[i])
-				}
-			}
-		})
-	}
+	checkBadFiles(t, "testdata/notifier", badNotifierFiles, func(file string) (checked, error) { return LoadNotifier(Sources{File: file}) })
 }
 
 func TestNotifierFileIsReadWithItsDefaults(t *testing.T) {
@@ -284,40 +256,6 @@ func TestSecretsAreNotPrinted(t *testing.T) {
 	}
 	if text != string(n.Receiver["hub"].Secret) {
 		t.Error("the secret itself is gone")
-	}
-}
-
-// The settings are described in docs/notifier.md, by hand.
-func TestEveryNotifierKeyIsDocumented(t *testing.T) {
-	b, err := os.ReadFile("../docs/notifier.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	rules, err := os.ReadFile("../docs/notifier-rules.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	b = append(b, rules...)
-	for _, f := range slices.Concat(notifierFields(), receiverFields("NAME"), pollFields("NAME"), verifyFields("NAME"), ruleFields("N")) {
-		name := f.Key
-		for _, table := range []string{"receiver.NAME.", "poll.NAME.", "verify.NAME.", "rule.N."} {
-			name = strings.TrimPrefix(name, table)
-		}
-		if !strings.Contains(string(b), "| `"+name+"` |") {
-			t.Errorf("%s is not in docs/notifier.md", f.Key)
-		}
-		if len(f.Usage) < 10 {
-			t.Errorf("%s: no comment", f.Key)
-		}
-	}
-	for _, name := range slices.Sorted(maps.Keys(receiverTypes)) {
-		page, err := os.ReadFile("../docs/registries/" + name + ".md")
-		if err != nil || !strings.Contains(string(page), "type = \""+name+"\"") {
-			t.Errorf("type %s has no page in docs/registries, or it does not say how to set it: %v", name, err)
-		}
-		if !strings.Contains(string(b), "(registries/"+name+".md)") {
-			t.Errorf("docs/notifier.md does not lead to the page of type %s", name)
-		}
 	}
 }
 

@@ -24,6 +24,7 @@ import (
 
 	"github.com/imagewolf/imagewolf/api/nodeapi"
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/internal/serve"
 	"github.com/imagewolf/imagewolf/proxy"
 )
 
@@ -63,25 +64,16 @@ func (n *Node) runAPI(ctx context.Context, setting string, listen func(ctx conte
 // serveAPI answers on l until ctx ends, and closes it. No handler runs any more
 // when it returns.
 func (n *Node) serveAPI(ctx context.Context, l net.Listener, opts ...grpc.ServerOption) error {
+	contain := n.contain(partNodeAPI)
 	srv := grpc.NewServer(append([]grpc.ServerOption{
 		grpc.MaxRecvMsgSize(apiMessage), grpc.MaxHeaderListSize(apiHeaders), grpc.MaxConcurrentStreams(apiStreams), grpc.ConnectionTimeout(apiHandshake),
 		grpc.WaitForHandlers(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout, MaxConnectionIdle: apiIdle}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingEvery / 2}),
-		grpc.ChainUnaryInterceptor(n.containUnary(partNodeAPI)), grpc.ChainStreamInterceptor(n.containStream(partNodeAPI)),
+		grpc.ChainUnaryInterceptor(contain.Unary), grpc.ChainStreamInterceptor(contain.Stream),
 	}, opts...)...)
 	imagewolfv1.RegisterNodeServer(srv, n.fanout.Node())
-	served := make(chan error, 1)
-	go func() { served <- srv.Serve(l) }()
-	select {
-	case err := <-served:
-		srv.Stop()
-		return fmt.Errorf("serve %s: %w", l.Addr(), err)
-	case <-ctx.Done():
-	}
-	srv.Stop()
-	<-served //nolint:errcheck // what Serve says once it was stopped is no news
-	return nil
+	return serve.GRPC(ctx, srv, l, srv.Stop)
 }
 
 // listenSocket makes the socket of the Node API. It is open to others than root
@@ -170,26 +162,7 @@ func (b bearer) check(ctx context.Context) error {
 	return nil
 }
 
-// containUnary keeps a panic of a handler from ending the process.
-func (n *Node) containUnary(part string) grpc.UnaryServerInterceptor {
-	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (resp any, err error) {
-		failed := n.guard(part, func() error { resp, err = h(ctx, req); return nil })
-		if failed != nil {
-			n.log.Error("handler panicked", "method", info.FullMethod, "err", failed)
-			return nil, status.Error(codes.Internal, "failed: the node's log says why")
-		}
-		return resp, err
-	}
-}
-
-// containStream is containUnary for streams.
-func (n *Node) containStream(part string) grpc.StreamServerInterceptor {
-	return func(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, h grpc.StreamHandler) (err error) {
-		failed := n.guard(part, func() error { err = h(srv, ss); return nil })
-		if failed != nil {
-			n.log.Error("handler panicked", "method", info.FullMethod, "err", failed)
-			return status.Error(codes.Internal, "failed: the node's log says why")
-		}
-		return err
-	}
+// contain is what keeps panics of a part's gRPC handlers from ending the process.
+func (n *Node) contain(part string) serve.Contain {
+	return serve.Contain{Log: n.log, Panicked: func() { n.metrics.Panicked(part) }}
 }

@@ -182,7 +182,7 @@ func TestPanicEndsTheClustersSide(t *testing.T) {
 	go func() { ended <- st.run(t.Context()) }()
 	unlucky := func() { panic("no such luck") }
 	st.contain(partDataPort)(unlucky)
-	err = st.containCall(nil, nil, nil, func(any, grpc.ServerStream) error { panic("no such luck") })
+	err = n.contain(partGRPC).Stream(nil, nil, &grpc.StreamServerInfo{}, func(any, grpc.ServerStream) error { panic("no such luck") })
 	if status.Code(err) != codes.Internal {
 		t.Errorf("the call ended with %v", err)
 	}

@@ -11,9 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
-	"google.golang.org/grpc/status"
 
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/cluster"
@@ -121,11 +119,12 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 // run blocks until ctx ends or a part fails, and leaves nothing running.
 func (st *stack) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
+	contain := st.node.contain(partGRPC)
 	srv := grpc.NewServer(
 		grpc.Creds(st.node.identity.ServerCredentials()),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout}),
-		grpc.StreamInterceptor(st.containCall),
-		grpc.UnaryInterceptor(st.node.containUnary(partGRPC)),
+		grpc.StreamInterceptor(contain.Stream),
+		grpc.UnaryInterceptor(contain.Unary),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingEvery / 2, PermitWithoutStream: true}),
 	)
 	st.server.Register(srv)
@@ -185,13 +184,6 @@ func (st *stack) containOrEnd(part string) func(work func()) {
 			}
 		}
 	}
-}
-
-// containCall keeps a panic of a gRPC handler from ending the process.
-func (st *stack) containCall(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
-	err := status.Error(codes.Internal, "failed") // unless h returns
-	st.contain(partGRPC)(func() { err = h(srv, ss) })
-	return err
 }
 
 // follow tells the tracker's clients when the cluster's members have changed,

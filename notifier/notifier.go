@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/internal/serve"
 	"github.com/imagewolf/imagewolf/notifier/api"
 	"github.com/imagewolf/imagewolf/notifier/event"
 	"github.com/imagewolf/imagewolf/notifier/feed"
@@ -29,9 +30,6 @@ import (
 	"github.com/imagewolf/imagewolf/notifier/receive"
 	"github.com/imagewolf/imagewolf/notifier/work"
 )
-
-// Bounds on a request at the metrics' address.
-const readTime, writeTime = 5 * time.Second, 30 * time.Second
 
 // Options are what a notifier is made of beside its settings.
 type Options struct {
@@ -230,18 +228,8 @@ func serveMetrics(ctx context.Context, l net.Listener, m *metrics.Metrics) error
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", m.Handler())
 	mux.HandleFunc("GET /healthz", healthy)
-	srv := &http.Server{
-		Handler: mux, ReadTimeout: readTime, WriteTimeout: writeTime, IdleTimeout: 2 * time.Minute,
-		MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug),
+	if err := serve.HTTP(ctx, l, mux); err != nil {
+		return fmt.Errorf("metrics.address: %w", err)
 	}
-	served := make(chan error, 1)
-	go func() { served <- srv.Serve(l) }()
-	select {
-	case err := <-served:
-		return errors.Join(fmt.Errorf("serve metrics: %w", err), srv.Close())
-	case <-ctx.Done():
-	}
-	err := srv.Close()
-	<-served //nolint:errcheck // it says that it was closed
-	return err
+	return nil
 }

@@ -9,10 +9,8 @@ package proxy
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
 	"net"
-	"runtime/debug"
 	"sync"
 	"time"
 
@@ -23,8 +21,8 @@ import (
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/defaults"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
+
+	"github.com/imagewolf/imagewolf/internal/serve"
 )
 
 // stopGrace is how long the server goes on after it is told to stop, while blobs
@@ -126,12 +124,13 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	cache := newReaderCache(s.store)
 	stopping, tell := context.WithCancel(context.WithoutCancel(ctx))
 	defer tell()
+	contain := serve.Contain{Log: s.log, Panicked: s.panicked}
 	srv := grpc.NewServer(
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
 		grpc.WaitForHandlers(true), // the store may be closed after Serve
-		grpc.UnaryInterceptor(s.recoverUnary),
-		grpc.StreamInterceptor(s.recoverStream),
+		grpc.ChainUnaryInterceptor(contain.Unary, s.countUnary),
+		grpc.ChainStreamInterceptor(contain.Stream, s.countStream),
 	)
 	contentapi.RegisterContentServer(srv, newContentService(stopping, s.store, cache))
 	diffapi.RegisterDiffServer(srv, diffservice.FromApplierAndComparer(s.applier, nil))
@@ -144,22 +143,14 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		sweeper.Wait()
 	}()
 
-	served := make(chan error, 1)
-	go func() { served <- srv.Serve(l) }()
-	select {
-	case err := <-served:
-		srv.Stop()
-		return fmt.Errorf("serve %s: %w", l.Addr(), err)
-	case <-ctx.Done():
-	}
-	s.drain()
-	tell()
-	hard := time.AfterFunc(s.grace/10, srv.Stop)
-	srv.GracefulStop()
-	hard.Stop()
-	srv.Stop() // returns when the last handler has, also if the timer fired
-	<-served   //nolint:errcheck // what Serve says once it was stopped is no news
-	return nil
+	return serve.GRPC(ctx, srv, l, func() {
+		s.drain()
+		tell()
+		hard := time.AfterFunc(s.grace/10, srv.Stop)
+		srv.GracefulStop()
+		hard.Stop()
+		srv.Stop() // returns when the last handler has, also if the timer fired
+	})
 }
 
 // drain returns when nothing is being written or applied, or after the grace.
@@ -186,29 +177,18 @@ func (s *Server) drain() {
 	}
 }
 
-// recoverUnary turns a panic of a handler into an error of that one call: the
-// node's containers must not lose their content store to one bad request.
-func (s *Server) recoverUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (resp any, err error) {
-	defer s.recovered(info.FullMethod, &err)
+// countUnary counts the calls that are given time to end.
+func (s *Server) countUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
 	if info.FullMethod == applyMethod {
 		defer s.work.begin()()
 	}
 	return h(ctx, req)
 }
 
-func (s *Server) recoverStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, h grpc.StreamHandler) (err error) {
-	defer s.recovered(info.FullMethod, &err)
+// countStream is countUnary for streams.
+func (s *Server) countStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, h grpc.StreamHandler) error {
 	if info.FullMethod == writeMethod {
 		defer s.work.begin()()
 	}
 	return h(srv, ss)
-}
-
-// recovered must be deferred directly.
-func (s *Server) recovered(method string, err *error) {
-	if p := recover(); p != nil {
-		s.panicked()
-		s.log.Error("handler panicked", "method", method, "panic", p, "stack", string(debug.Stack()))
-		*err = status.Errorf(codes.Internal, "%s panicked: %v", method, p)
-	}
 }

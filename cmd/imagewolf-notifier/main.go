@@ -3,21 +3,8 @@
 package main
 
 import (
-	"context"
-	"fmt"
-	"os"
-	"os/signal"
-	"syscall"
-
 	"github.com/imagewolf/imagewolf/cmd/imagewolf-notifier/command"
+	"github.com/imagewolf/imagewolf/internal/program"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := command.App().RunContext(ctx, os.Args)
-	stop()
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "imagewolf-notifier: %v\n", err)
-		os.Exit(1)
-	}
-}
+func main() { program.Main(command.App(), func(error) int { return 1 }) }

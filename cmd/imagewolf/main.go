@@ -3,21 +3,8 @@
 package main
 
 import (
-	"context"
-	"fmt"
-	"os"
-	"os/signal"
-	"syscall"
-
 	"github.com/imagewolf/imagewolf/cmd/imagewolf/command"
+	"github.com/imagewolf/imagewolf/internal/program"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := command.App().RunContext(ctx, os.Args)
-	stop()
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "imagewolf: %v\n", err)
-		os.Exit(command.ExitStatus(err))
-	}
-}
+func main() { program.Main(command.App(), command.ExitStatus) }

@@ -36,21 +36,23 @@ var onlyTellers = []string{"node/metrics", "notifier/metrics"}
 // api, config. The middle's packages do not know each other: node connects
 // them.
 var allowed = map[string][]string{
-	"cmd/imagewolf":     {"node", "cluster", "config", "api", "internal/build"}, // api: the command line asks nodes, through api/nodeapi
-	"node":              {"proxy", "plugin", "swarm", "tracker", "cluster", "prefetch", "api", "config"},
-	"proxy":             {"api", "config"},
+	"cmd/imagewolf":     {"node", "cluster", "config", "api", "internal/build", "internal/program"}, // api: the command line asks nodes, through api/nodeapi
+	"node":              {"proxy", "plugin", "swarm", "tracker", "cluster", "prefetch", "api", "config", "internal/serve"},
+	"proxy":             {"api", "config", "internal/serve"},
 	"plugin":            {"api", "config"},
 	"swarm":             {"api", "config"},
 	"tracker":           {"api", "config"},
 	"cluster":           {"api", "config"},
 	"prefetch":          {"api", "config"},
-	"notifier":          {"api", "config"},
+	"notifier":          {"api", "config", "internal/serve"},
 	"api":               {},
 	"config":            {},
 	"internal/archtest": {},
 
-	"cmd/imagewolf-notifier": {"notifier", "config", "api", "internal/build"},
+	"cmd/imagewolf-notifier": {"notifier", "config", "api", "internal/build", "internal/program"},
 	"internal/build":         {},
+	"internal/program":       {"internal/build"},
+	"internal/serve":         {},
 }
 
 // source is one parsed file of the product.

@@ -8,8 +8,6 @@ package metrics
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -18,6 +16,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/imagewolf/imagewolf/internal/serve"
 )
 
 const (
@@ -25,8 +25,6 @@ const (
 	retry = 5 * time.Second
 	// maxScrapes are answered at a time; more are refused.
 	maxScrapes = 4
-	// readTimeout and writeTimeout bound one request.
-	readTimeout, writeTimeout = 5 * time.Second, 30 * time.Second
 )
 
 // Why a peer was shut out of a blob.
@@ -245,18 +243,5 @@ func (m *Metrics) Handler() http.Handler {
 func (m *Metrics) serve(ctx context.Context, l net.Listener) error {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", m.Handler())
-	srv := &http.Server{
-		Handler: mux, ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: 2 * time.Minute,
-		MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug),
-	}
-	served := make(chan error, 1)
-	go func() { served <- srv.Serve(l) }()
-	select {
-	case err := <-served:
-		return errors.Join(fmt.Errorf("serve %s: %w", l.Addr(), err), srv.Close())
-	case <-ctx.Done():
-	}
-	err := srv.Close()
-	<-served //nolint:errcheck // it says that it was closed
-	return err
+	return serve.HTTP(ctx, l, mux)
 }

@@ -6,7 +6,6 @@ package command
 import (
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 
@@ -15,6 +14,7 @@ import (
 	"github.com/imagewolf/imagewolf/api/nodeapi"
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/internal/build"
+	"github.com/imagewolf/imagewolf/internal/program"
 	"github.com/imagewolf/imagewolf/notifier"
 )
 
@@ -26,21 +26,9 @@ const (
 // App returns the command line of imagewolf-notifier. The context it is run with
 // ends the program.
 func App() *cli.App {
-	return &cli.App{
-		Name:  "imagewolf-notifier",
-		Usage: "hears that an image was pushed, and has nodes pull it before anyone asks",
-		// Errors are printed once, by main; the library would exit on some.
-		ExitErrHandler:  func(*cli.Context, error) {},
-		HideVersion:     true,
-		HideHelpCommand: true,
-		Commands:        []*cli.Command{runCommand(), rulesCommand(), configCommand(), versionCommand()},
-		Action: func(c *cli.Context) error {
-			if c.Args().Present() {
-				return fmt.Errorf("there is no command %q; 'imagewolf-notifier help' names them all", c.Args().First())
-			}
-			return cli.ShowAppHelp(c)
-		},
-	}
+	app := program.New("imagewolf-notifier", "hears that an image was pushed, and has nodes pull it before anyone asks")
+	app.Commands = append([]*cli.Command{runCommand(), rulesCommand(), configCommand()}, app.Commands...)
+	return app
 }
 
 func configFlags() []cli.Flag {
@@ -58,24 +46,16 @@ func load(c *cli.Context) (config.Notifier, error) {
 	return cfg, cfg.Validate()
 }
 
-// noArgs refuses arguments that would otherwise be overlooked.
-func noArgs(c *cli.Context) error {
-	if c.Args().Present() {
-		return fmt.Errorf("%s takes no argument, and was given %q", c.Command.HelpName, c.Args().First())
-	}
-	return nil
-}
-
 func runCommand() *cli.Command {
 	return &cli.Command{
 		Name: "run", Usage: "take events and have images prefetched until told to stop (SIGINT, SIGTERM)",
-		Flags: configFlags(), Before: noArgs,
+		Flags: configFlags(), Before: program.NoArgs,
 		Action: func(c *cli.Context) error {
 			cfg, err := load(c)
 			if err != nil {
 				return err
 			}
-			log, err := newLogger(c.App.ErrWriter, cfg)
+			log, err := program.NewLogger(c.App.ErrWriter, cfg.LogLevel, cfg.LogFormat)
 			if err != nil {
 				return err
 			}
@@ -114,7 +94,7 @@ func configCommand() *cli.Command {
 		Name: "config", Usage: "check settings",
 		Subcommands: []*cli.Command{{
 			Name: "check", Usage: "say everything that is wrong with the settings; exit with 1 if anything is",
-			Flags: configFlags(), Before: noArgs,
+			Flags: configFlags(), Before: program.NoArgs,
 			Action: func(c *cli.Context) error {
 				cfg, err := load(c)
 				if err != nil {
@@ -134,26 +114,4 @@ func configCommand() *cli.Command {
 			},
 		}},
 	}
-}
-
-func versionCommand() *cli.Command {
-	return &cli.Command{
-		Name: "version", Usage: "print what this program was built from", Before: noArgs,
-		Action: func(c *cli.Context) error {
-			_, err := io.WriteString(c.App.Writer, build.Describe("imagewolf-notifier"))
-			return err
-		},
-	}
-}
-
-func newLogger(w io.Writer, cfg config.Notifier) (*slog.Logger, error) {
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
-		return nil, fmt.Errorf("log_level: %w", err)
-	}
-	o := &slog.HandlerOptions{Level: level}
-	if cfg.LogFormat == "json" {
-		return slog.New(slog.NewJSONHandler(w, o)), nil
-	}
-	return slog.New(slog.NewTextHandler(w, o)), nil
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/internal/program"
 )
 
 const (
@@ -33,23 +34,11 @@ func App() *cli.App { return newApp(newNode) }
 // newApp takes what makes the node, so that the way to it can be tested
 // without one.
 func newApp(makeNode func(config.Config, *slog.Logger) (runner, error)) *cli.App {
-	return &cli.App{
-		Name:  "imagewolf",
-		Usage: "container images from the other nodes of a cluster, through containerd's own content store",
-		// Errors are printed once, by main; the library would exit on some.
-		ExitErrHandler:  func(*cli.Context, error) {},
-		HideVersion:     true,
-		HideHelpCommand: true,
-		Commands: []*cli.Command{
-			daemonCommand(makeNode), configCommand(), clusterKeyCommand(), prefetchCommand(), demoCommand(), versionCommand(),
-		},
-		Action: func(c *cli.Context) error {
-			if c.Args().Present() {
-				return fmt.Errorf("there is no command %q; 'imagewolf help' names them all", c.Args().First())
-			}
-			return cli.ShowAppHelp(c)
-		},
-	}
+	app := program.New("imagewolf", "container images from the other nodes of a cluster, through containerd's own content store")
+	app.Commands = append([]*cli.Command{
+		daemonCommand(makeNode), configCommand(), clusterKeyCommand(), prefetchCommand(), demoCommand(),
+	}, app.Commands...)
+	return app
 }
 
 // settingFlags returns --config and one flag for every setting.
@@ -86,27 +75,19 @@ func load(c *cli.Context) (config.Config, error) {
 	})
 }
 
-// noArgs refuses arguments that would otherwise be overlooked.
-func noArgs(c *cli.Context) error {
-	if c.Args().Present() {
-		return fmt.Errorf("%s takes no argument, and was given %q", c.Command.HelpName, c.Args().First())
-	}
-	return nil
-}
-
 func clusterKeyCommand() *cli.Command {
 	return &cli.Command{
 		Name: "cluster-key", Usage: "the secret that makes nodes one cluster",
 		Subcommands: []*cli.Command{{
 			Name: "generate", Usage: "print a new key; give the same one to every node, and to nobody else",
-			Before: noArgs,
+			Before: program.NoArgs,
 			Action: func(c *cli.Context) error {
 				_, err := fmt.Fprintln(c.App.Writer, cluster.GenerateKey())
 				return err
 			},
 		}, {
 			Name: "ca", Usage: "print the certificate (PEM) by which the nodes are known; it follows from the cluster's key, and is no secret",
-			Flags: settingFlags(), Before: noArgs, Action: printCA,
+			Flags: settingFlags(), Before: program.NoArgs, Action: printCA,
 		}},
 	}
 }

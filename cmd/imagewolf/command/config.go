@@ -9,6 +9,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/internal/program"
 	"github.com/imagewolf/imagewolf/node"
 )
 
@@ -18,7 +19,7 @@ func configCommand() *cli.Command {
 		Subcommands: []*cli.Command{
 			{
 				Name: "default", Usage: "print every setting with its meaning, limits and default, as a file to start from",
-				Before: noArgs,
+				Before: program.NoArgs,
 				Action: func(c *cli.Context) error {
 					b, err := config.Example()
 					if err != nil {
@@ -30,7 +31,7 @@ func configCommand() *cli.Command {
 			},
 			{
 				Name: "check", Usage: "say everything that is wrong with the settings; exit with 1 if anything is",
-				Flags: settingFlags(), Before: noArgs, Action: checkConfig,
+				Flags: settingFlags(), Before: program.NoArgs, Action: checkConfig,
 			},
 		},
 	}

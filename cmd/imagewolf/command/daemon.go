@@ -2,14 +2,13 @@ package command
 
 import (
 	"errors"
-	"fmt"
-	"io"
 	"log/slog"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/internal/build"
+	"github.com/imagewolf/imagewolf/internal/program"
 	"github.com/imagewolf/imagewolf/node"
 )
 
@@ -18,13 +17,13 @@ func newNode(cfg config.Config, log *slog.Logger) (runner, error) { return node.
 func daemonCommand(makeNode func(config.Config, *slog.Logger) (runner, error)) *cli.Command {
 	return &cli.Command{
 		Name: "daemon", Usage: "run a node until it is told to stop (SIGINT, SIGTERM)",
-		Flags: settingFlags(), Before: noArgs,
+		Flags: settingFlags(), Before: program.NoArgs,
 		Action: func(c *cli.Context) error {
 			cfg, err := load(c)
 			if err = errors.Join(err, cfg.Validate()); err != nil {
 				return err
 			}
-			log, err := newLogger(c.App.ErrWriter, cfg)
+			log, err := program.NewLogger(c.App.ErrWriter, cfg.LogLevel, cfg.LogFormat)
 			if err != nil {
 				return err
 			}
@@ -39,16 +38,4 @@ func daemonCommand(makeNode func(config.Config, *slog.Logger) (runner, error)) *
 			return n.Run(c.Context)
 		},
 	}
-}
-
-func newLogger(w io.Writer, cfg config.Config) (*slog.Logger, error) {
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
-		return nil, fmt.Errorf("log_level: %w", err)
-	}
-	o := &slog.HandlerOptions{Level: level}
-	if cfg.LogFormat == "json" {
-		return slog.New(slog.NewJSONHandler(w, o)), nil
-	}
-	return slog.New(slog.NewTextHandler(w, o)), nil
 }

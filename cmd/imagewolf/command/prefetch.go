@@ -19,6 +19,7 @@ import (
 	"github.com/imagewolf/imagewolf/api/nodeapi"
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/internal/program"
 )
 
 // Exit statuses of 'imagewolf prefetch', beside 0 and 1.
@@ -85,7 +86,7 @@ func prefetchCommand() *cli.Command {
 		),
 		Subcommands: []*cli.Command{
 			{
-				Name: "ls", Usage: "list the requests of the last day, the newest first", Before: noArgs,
+				Name: "ls", Usage: "list the requests of the last day, the newest first", Before: program.NoArgs,
 				Flags: append(nodeFlags(), &cli.UintFlag{Name: "limit", Usage: "list at most `N`, up to 1000", Value: 100}),
 				Action: asking(func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error {
 					all, err := n.ListPrefetches(ctx, &imagewolfv1.ListPrefetchesRequest{Limit: uint32(min(c.Uint("limit"), 1000))}) //nolint:gosec // bounded here
