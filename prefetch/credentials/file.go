@@ -24,8 +24,10 @@ type file struct {
 	log  *slog.Logger
 
 	mu    sync.Mutex
-	info  fs.FileInfo // guarded by mu; of state; nil: of a file that was not there
+	info  fs.FileInfo // guarded by mu; of state; nil: of a file that could not be looked at
 	state *state      // guarded by mu; nil before the first load
+	why   string      // guarded by mu; why state says nothing; "": the file was understood
+	again bool        // guarded by mu; the file could not be read, and may be readable as it is
 }
 
 // state is what a file says. It is not changed once made.
@@ -43,26 +45,42 @@ type entry struct {
 }
 
 // load returns what the file says now. A file that is absent or not understood
-// says nothing.
+// says nothing. That, and the end of it, is logged when it changes.
 func (f *file) load() *state {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	info, err := os.Stat(f.path)
-	if err == nil && f.state != nil && f.info != nil && os.SameFile(info, f.info) &&
-		info.ModTime().Equal(f.info.ModTime()) && info.Size() == f.info.Size() {
-		return f.state
-	}
-	if errors.Is(err, fs.ErrNotExist) && f.state != nil && f.info == nil {
+	changed := f.state == nil || !same(info, f.info)
+	if err == nil && !changed && !f.again {
 		return f.state
 	}
 	f.info, f.state = info, &state{}
 	if err == nil {
 		f.state, err = read(f.path)
 	}
+	why := ""
 	if err != nil {
-		f.log.Warn("credentials cannot be read: going on without this file", "path", f.path, "err", err)
+		why = err.Error()
 	}
+	switch {
+	case err != nil && (changed || why != f.why):
+		f.log.Warn("credentials cannot be read: going on without this file", "path", f.path, "err", err)
+	case err == nil && f.why != "":
+		f.log.Info("credentials can be read again", "path", f.path)
+	}
+	// A mode that lets it be read, its own or that of a directory, shows in nothing that is compared here.
+	var failed *fs.PathError
+	f.why, f.again = why, errors.As(err, &failed)
 	return f.state
+}
+
+// same tells whether a file seems not to have changed, or still cannot be looked
+// at (nil).
+func same(a, b fs.FileInfo) bool {
+	if a == nil || b == nil {
+		return a == nil && b == nil
+	}
+	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size()
 }
 
 func read(path string) (*state, error) {

@@ -8,9 +8,12 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // auth is an entry as 'docker login' writes it.
@@ -161,6 +164,75 @@ func TestFilesAreReadAgainWhenTheyChange(t *testing.T) {
 	}
 	if strings.Contains(log.String(), "s3cret") || strings.Contains(log.String(), "czNjcmV0") {
 		t.Errorf("the log tells:\n%s", log.String())
+	}
+}
+
+// asNobody calls f with the rights of somebody who owns nothing here.
+func asNobody(t *testing.T, f func()) {
+	t.Helper()
+	if os.Getuid() != 0 { // then a mode is enough
+		f()
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // for good: the thread ends with this goroutine, and its rights with it
+		if err := unix.Setfsuid(65534); err != nil {
+			t.Error(err)
+			return
+		}
+		f()
+	}()
+	<-done
+}
+
+// The mode of a file or of its directory is often set after it was looked for.
+func TestAFileThatMayNotBeReadIsToldOfOnce(t *testing.T) {
+	for name, deny := range map[string]func(path string) string{
+		"the file":      func(path string) string { return path },
+		"its directory": filepath.Dir,
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "secrets", "config.json")
+			if err := errors.Join(os.Chmod(filepath.Dir(filepath.Dir(filepath.Dir(path))), 0o755), os.Mkdir(filepath.Dir(path), 0o755),
+				os.WriteFile(path, []byte(`{"auths":{"r.example.com":`+auth("one", "s3cret")+`}}`), 0o644)); err != nil { //nolint:gosec // for others too
+				t.Fatal(err)
+			}
+			var log bytes.Buffer
+			k := New([]string{path}, slog.New(slog.NewTextHandler(&log, nil)))
+			mode := func(m os.FileMode) {
+				t.Helper()
+				if err := os.Chmod(deny(path), m); err != nil {
+					t.Fatal(err)
+				}
+			}
+			lookups := func(want string, warnings, news int) {
+				t.Helper()
+				for range 3 {
+					var c Credential
+					var err error
+					asNobody(t, func() { c, err = k.Lookup(t.Context(), "r.example.com", "x") })
+					if c.Username != want || (want == "") != errors.Is(err, ErrNone) {
+						t.Errorf("%q, %v; want %q", c.Username, err, want)
+					}
+				}
+				if w, n := strings.Count(log.String(), "level=WARN"), strings.Count(log.String(), "level=INFO"); w != warnings || n != news {
+					t.Errorf("%d warnings and %d that it is over, want %d and %d:\n%s", w, n, warnings, news, log.String())
+				}
+			}
+			mode(0)
+			lookups("", 1, 0)
+			mode(0o755)
+			lookups("one", 1, 1)
+			mode(0)
+			// What was read is known; a directory hides whether it still holds.
+			if name == "its directory" {
+				lookups("", 2, 1)
+			}
+			mode(0o755)
+			lookups("one", strings.Count(log.String(), "level=WARN"), strings.Count(log.String(), "level=WARN"))
+		})
 	}
 }
 
