@@ -277,7 +277,7 @@ func TestWaitEndsWithItsStream(t *testing.T) {
 
 func TestWaitEndsWithTheServer(t *testing.T) {
 	w := &filling{waiting: make(chan struct{}), release: until}
-	conn, stop := startGrace(t, Options{Store: fillingStore(t, w)}, 500*time.Millisecond)
+	conn, stop := startGrace(t, Options{Store: fillingStore(t, w)}, 2*time.Second) // a tenth of it is for the answer
 	cw, err := client(conn).Writer(t.Context(), content.WithRef("r"))
 	if err != nil {
 		t.Fatal(err)
