@@ -298,6 +298,28 @@ func TestASignatureIsWaitedFor(t *testing.T) {
 	}
 }
 
+// A restart puts the refusal off, and lets nothing in.
+func TestARestartGivesASignatureItsWholeWaitAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := &signed{err: verify.ErrUnsigned}
+		for range 2 {
+			r := newRules(t, newFake(), v, config.Rule{Images: []string{"**"}, Verify: "release"})
+			for range 2 {
+				if d, err := r.Decide(t.Context(), push("1", index)); !errors.Is(err, verify.ErrUnsigned) || d.Request != nil {
+					t.Errorf("at first: %+v, %v", d, err)
+				}
+				time.Sleep(119 * time.Second / 2)
+			}
+		}
+		r := newRules(t, newFake(), v, config.Rule{Images: []string{"**"}, Verify: "release"})
+		_, _ = r.Decide(t.Context(), push("1", index))
+		time.Sleep(2 * time.Minute)
+		if d, err := r.Decide(t.Context(), push("1", index)); err != nil || d.Kind != Unsigned || d.Request != nil {
+			t.Errorf("at last: %+v, %v", d, err)
+		}
+	})
+}
+
 func TestWhatIsGoneIsGivenUpAfterAWhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRules(t, newFake(), &signed{}, config.Rule{Images: []string{"**"}})
