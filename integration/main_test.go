@@ -23,7 +23,10 @@ var (
 	registry *harness.Registry
 )
 
-func TestMain(m *testing.M) { os.Exit(setUp(m)) }
+func TestMain(m *testing.M) {
+	harness.BeRegistry()
+	os.Exit(setUp(m))
+}
 
 func setUp(m *testing.M) (code int) {
 	bin, err := harness.FindBinaries("../bin", harness.V2, harness.V17)

@@ -338,6 +338,9 @@ func (r *Registry) Push(ctx context.Context, repo string, layers ...*Layer) (*Im
 		auth = &authn.Basic{Username: r.user, Password: r.password}
 	}
 	r.mu.Unlock()
+	if r.login != nil {
+		auth = r.login
+	}
 	if err := remote.Write(ref, img, remote.WithContext(ctx), remote.WithAuth(auth)); err != nil {
 		return nil, fmt.Errorf("push: %w", err)
 	}

@@ -2,16 +2,19 @@ package harness
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/distribution/distribution/v3/configuration"
 	"github.com/distribution/distribution/v3/registry/handlers"
 	_ "github.com/distribution/distribution/v3/registry/storage/driver/filesystem" // the storage in use
+	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/sirupsen/logrus"                                                   //nolint:depguard // the registry's own, to be silenced
 )
 
@@ -22,7 +25,13 @@ type Registry struct {
 	*Counter
 	// Host is its host:port, as image names have it.
 	Host string
+
+	login authn.Authenticator // who pushes; nil: who RequireAuth lets in
+	stop  func() error
 }
+
+// Stop ends the registry: nobody listens at Host any more.
+func (r *Registry) Stop() error { return r.stop() }
 
 // ServeAlso has the registry answer on a further listener, such as one on a
 // Machine, until stop is called, which closes it.
@@ -61,17 +70,21 @@ func NewRegistry(e *Env, hooks ...Webhook) (*Registry, error) {
 		})
 	}
 	app := handlers.NewApp(context.Background(), cfg)
-	c := NewCounter(app)
+	return newRegistry(e, app, app.Shutdown)
+}
+
+// newRegistry puts a counter in front of a registry that end ends.
+func newRegistry(e *Env, next http.Handler, end func() error) (*Registry, error) {
+	c := NewCounter(next)
 	host, stop, err := c.serve()
 	if err != nil {
-		_ = app.Shutdown() //nolint:errcheck // there is nothing to lose in it
-		return nil, err
+		return nil, errors.Join(err, end())
 	}
+	r := &Registry{Counter: c, Host: host, stop: sync.OnceValue(func() error { return errors.Join(stop(), end()) })}
 	e.OnClose(func() {
-		if err := stop(); err != nil {
+		if err := r.Stop(); err != nil {
 			fmt.Println("registry:", err)
 		}
-		_ = app.Shutdown() //nolint:errcheck // its storage is removed with the Env
 	})
-	return &Registry{Counter: c, Host: host}, nil
+	return r, nil
 }
