@@ -20,13 +20,13 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/imagewolf/imagewolf/api/nodeapi"
 	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/internal/systemd"
 	"github.com/imagewolf/imagewolf/node/metrics"
 	"github.com/imagewolf/imagewolf/plugin/differ"
 	"github.com/imagewolf/imagewolf/plugin/store"
@@ -150,9 +150,9 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		g.Go(func() error { n.metrics.Serve(ctx, a, n.log); return nil })
 	}
 	n.log.Info("serving containerd", "socket", n.cfg.Socket, "root", n.cfg.Root)
-	n.tell(daemon.SdNotifyReady)
+	systemd.Tell(n.log, systemd.Ready)
 	<-ctx.Done()
-	n.tell(daemon.SdNotifyStopping)
+	systemd.Tell(n.log, systemd.Stopping)
 	err = g.Wait()
 	if errors.Is(err, context.Canceled) {
 		return nil

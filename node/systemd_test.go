@@ -4,28 +4,19 @@ import (
 	"context"
 	"log/slog"
 	"net"
-	"os"
 	"path/filepath"
-	"strconv"
 	"testing"
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/internal/systemd/systemdtest"
 )
 
 // TestSystemdIsTold: that the node is ready, that it lives, and that it stops.
 func TestSystemdIsTold(t *testing.T) {
-	dir := t.TempDir()
-	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram", Name: filepath.Join(dir, "notify")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close() //nolint:errcheck // only read from
-	t.Setenv("NOTIFY_SOCKET", l.LocalAddr().String())
-	t.Setenv("WATCHDOG_USEC", "400000")
-	t.Setenv("WATCHDOG_PID", strconv.Itoa(os.Getpid()))
+	s, dir := systemdtest.Listen(t, 400*time.Millisecond), t.TempDir()
 	cfg := config.Default()
 	cfg.Root, cfg.Socket, cfg.NodeAPI.Socket = filepath.Join(dir, "content"), filepath.Join(dir, "s"), filepath.Join(dir, "n")
 	cfg.Cluster.Insecure, cfg.Cluster.Name = true, "n"
@@ -37,27 +28,11 @@ func TestSystemdIsTold(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- n.Run(ctx) }()
-	heard := func(want string) {
-		t.Helper()
-		if err := l.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
-			t.Fatal(err)
-		}
-		for {
-			buf := make([]byte, 100)
-			k, err := l.Read(buf)
-			if err != nil {
-				t.Fatalf("systemd did not hear %s: %v", want, err)
-			}
-			if string(buf[:k]) == want {
-				return
-			}
-		}
-	}
-	heard("READY=1")
-	heard("WATCHDOG=1")
-	heard("WATCHDOG=1")
+	s.Until(t, "READY=1")
+	s.Until(t, "WATCHDOG=1")
+	s.Until(t, "WATCHDOG=1")
 	cancel()
-	heard("STOPPING=1")
+	s.Until(t, "STOPPING=1")
 	if err := <-ended; err != nil {
 		t.Error(err)
 	}
@@ -76,7 +51,9 @@ func TestWatchdogMissesTheStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close() //nolint:errcheck // closed once, here
-	if err := answers(t.Context(), contentapi.NewContentClient(conn), 50*time.Millisecond); err == nil {
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := answers(ctx, contentapi.NewContentClient(conn)); err == nil {
 		t.Error("the store is said to answer")
 	}
 }

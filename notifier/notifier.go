@@ -17,11 +17,11 @@ import (
 	"strings"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/internal/serve"
+	"github.com/imagewolf/imagewolf/internal/systemd"
 	"github.com/imagewolf/imagewolf/notifier/api"
 	"github.com/imagewolf/imagewolf/notifier/event"
 	"github.com/imagewolf/imagewolf/notifier/feed"
@@ -103,8 +103,12 @@ func (n *Notifier) Run(ctx context.Context) (err error) {
 	}
 	n.log.Info("serving", "address", l.Addr().String(), "receivers", len(n.settings.Receiver), "polls", len(pollers),
 		"feed", n.settings.Feed.On(), "api", n.settings.API.On(), "events_waiting", q.Stats().Waiting)
-	n.tell(daemon.SdNotifyReady)
-	defer context.AfterFunc(ctx, func() { n.tell(daemon.SdNotifyStopping) })()
+	group.Go(func() error {
+		systemd.Watch(ctx, n.log, func(ctx context.Context) error { return alive(ctx, q) })
+		return nil
+	})
+	systemd.Tell(n.log, systemd.Ready)
+	defer context.AfterFunc(ctx, func() { systemd.Tell(n.log, systemd.Stopping) })()
 	return group.Wait()
 }
 
@@ -115,10 +119,26 @@ func listen(ctx context.Context, l net.Listener, address string) (net.Listener, 
 	return (&net.ListenConfig{}).Listen(ctx, "tcp", address)
 }
 
-// tell says something to systemd, if that started the program.
-func (n *Notifier) tell(state string) {
-	if _, err := daemon.SdNotify(false, state); err != nil {
-		n.log.Warn("systemd was not told", "state", state, "error", err)
+// alive returns nil if the queue answers before ctx ends. Everything that the
+// program does goes through the queue: a program that hangs there takes no event
+// and works none off. An error of the file is an answer: senders are told, and
+// starting again would not help. The way in is not tried: who keeps it busy from
+// outside must not be able to have the program started again and again.
+func alive(ctx context.Context, q interface {
+	Stats() queue.Stats
+	Position(name string) ([]byte, error)
+}) error {
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		q.Stats()
+		_, _ = q.Position("")
+	}()
+	select {
+	case <-answered:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("the queue does not answer: %w", ctx.Err())
 	}
 }
 

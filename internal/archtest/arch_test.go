@@ -37,14 +37,14 @@ var onlyTellers = []string{"node/metrics", "notifier/metrics"}
 // them.
 var allowed = map[string][]string{
 	"cmd/imagewolf":     {"node", "cluster", "config", "api", "internal/build", "internal/program"}, // api: the command line asks nodes, through api/nodeapi
-	"node":              {"proxy", "plugin", "swarm", "tracker", "cluster", "prefetch", "api", "config", "internal/serve"},
+	"node":              {"proxy", "plugin", "swarm", "tracker", "cluster", "prefetch", "api", "config", "internal/serve", "internal/systemd"},
 	"proxy":             {"api", "config", "internal/serve"},
 	"plugin":            {"api", "config"},
 	"swarm":             {"api", "config"},
 	"tracker":           {"api", "config"},
 	"cluster":           {"api", "config"},
 	"prefetch":          {"api", "config"},
-	"notifier":          {"api", "config", "internal/serve"},
+	"notifier":          {"api", "config", "internal/serve", "internal/systemd"},
 	"api":               {},
 	"config":            {},
 	"internal/archtest": {},
@@ -53,6 +53,7 @@ var allowed = map[string][]string{
 	"internal/build":         {},
 	"internal/program":       {"internal/build"},
 	"internal/serve":         {},
+	"internal/systemd":       {},
 }
 
 // source is one parsed file of the product.
