@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -403,63 +402,6 @@ func TestAFeedIsFollowed(t *testing.T) {
 			t.Errorf("%+v", r.counts)
 		}
 	})
-}
-
-// oneOf serves with one of the two headers by which a reader asks for what is new,
-// and sees that each is sent for the URL only that it came from.
-type oneOf struct {
-	t            *testing.T
-	handler      http.Handler
-	answer, asks string            // the header that is left, and that by which it is asked
-	given        map[string]string // by URL
-}
-
-func (o oneOf) ServeHTTP(w http.ResponseWriter, req *http.Request) {
-	if got := req.Header.Get(o.asks); got != "" && got != o.given[req.URL.RequestURI()] {
-		o.t.Errorf("%s is asked with %s: %s, which is of another URL", req.URL.RequestURI(), o.asks, got)
-	}
-	rec := httptest.NewRecorder()
-	o.handler.ServeHTTP(rec, req)
-	for _, name := range []string{"ETag", "Last-Modified"} {
-		if name != o.answer {
-			rec.Header().Del(name)
-		}
-	}
-	if sent := rec.Header().Get(o.answer); sent != "" { // 304 need not say it again
-		o.given[req.URL.RequestURI()] = sent
-	}
-	maps.Copy(w.Header(), rec.Header())
-	w.WriteHeader(rec.Code)
-	_, _ = w.Write(rec.Body.Bytes())
-}
-
-// What is in front of a feed may take one of the headers away.
-func TestWhatIsNotNewIsNotSentByEitherHeader(t *testing.T) {
-	for answer, asks := range map[string]string{"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"} {
-		synctest.Test(t, func(t *testing.T) {
-			origin, here := newNotifier(t, 100), newNotifier(t, 100)
-			origin.put(push("a"))
-			time.Sleep(time.Minute)
-			l := &link{handler: oneOf{t, origin.server, answer, asks, map[string]string{}}}
-			r := newReader(t, here, l, true)
-			time.Sleep(5 * time.Minute)
-			origin.put(push("b"))
-			time.Sleep(5 * time.Minute)
-			r.stop()
-			unchanged := 0
-			for _, s := range l.since(0) {
-				if strings.HasSuffix(s, " 304") {
-					unchanged++
-				}
-			}
-			if all := len(l.since(0)); unchanged < all-8 {
-				t.Errorf("%s: of %d answers %d had nothing in them", answer, all, unchanged)
-			}
-			if got := repositories(here.taken()); !slices.Equal(got, []string{"a", "b"}) {
-				t.Errorf("%s: got %q", answer, got)
-			}
-		})
-	}
 }
 
 // Nothing is missed and nothing comes twice when either side is started anew,

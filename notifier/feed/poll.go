@@ -210,11 +210,8 @@ func (p *Poller) round(ctx context.Context) error {
 // step reads one document, and tells whether there is more.
 func (p *Poller) step(ctx context.Context) (more bool, err error) {
 	var after *uint64
-	switch {
-	case p.at != nil:
+	if p.at != nil {
 		after = &p.at.Sequence
-	case p.settings.FromStart:
-		after = new(uint64)
 	}
 	doc, head, err := p.ask(ctx, after)
 	if err != nil || doc == nil {

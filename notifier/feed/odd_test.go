@@ -1,0 +1,139 @@
+package feed
+
+import (
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/imagewolf/imagewolf/notifier/queue"
+)
+
+// What follows is about feeds that are served otherwise than a notifier does: by
+// what is in front of it.
+
+// oneOf serves with one of the two headers by which a reader asks for what is new,
+// and sees that each is sent for the URL only that it came from.
+type oneOf struct {
+	t            *testing.T
+	handler      http.Handler
+	answer, asks string            // the header that is left, and that by which it is asked
+	given        map[string]string // by URL
+}
+
+func (o oneOf) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	if got := req.Header.Get(o.asks); got != "" && got != o.given[req.URL.RequestURI()] {
+		o.t.Errorf("%s is asked with %s: %s, which is of another URL", req.URL.RequestURI(), o.asks, got)
+	}
+	rec := httptest.NewRecorder()
+	o.handler.ServeHTTP(rec, req)
+	for _, name := range []string{"ETag", "Last-Modified"} {
+		if name != o.answer {
+			rec.Header().Del(name)
+		}
+	}
+	if sent := rec.Header().Get(o.answer); sent != "" { // 304 need not say it again
+		o.given[req.URL.RequestURI()] = sent
+	}
+	maps.Copy(w.Header(), rec.Header())
+	w.WriteHeader(rec.Code)
+	_, _ = w.Write(rec.Body.Bytes())
+}
+
+// What is in front of a feed may take one of the headers away.
+func TestWhatIsNotNewIsNotSentByEitherHeader(t *testing.T) {
+	for answer, asks := range map[string]string{"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"} {
+		synctest.Test(t, func(t *testing.T) {
+			origin, here := newNotifier(t, 100), newNotifier(t, 100)
+			origin.put(push("a"))
+			time.Sleep(time.Minute)
+			l := &link{handler: oneOf{t, origin.server, answer, asks, map[string]string{}}}
+			r := newReader(t, here, l, true)
+			time.Sleep(5 * time.Minute)
+			origin.put(push("b"))
+			time.Sleep(5 * time.Minute)
+			r.stop()
+			unchanged := 0
+			for _, s := range l.since(0) {
+				if strings.HasSuffix(s, " 304") {
+					unchanged++
+				}
+			}
+			if all := len(l.since(0)); unchanged < all-8 {
+				t.Errorf("%s: of %d answers %d had nothing in them", answer, all, unchanged)
+			}
+			if got := repositories(here.taken()); !slices.Equal(got, []string{"a", "b"}) {
+				t.Errorf("%s: got %q", answer, got)
+			}
+		})
+	}
+}
+
+// A feed cannot have itself left alone for longer than an hour.
+func TestAFeedThatAsksForMuchIsAskedEveryHour(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &link{handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Retry-After", "60000")
+			w.WriteHeader(http.StatusServiceUnavailable)
+		})}
+		r := newReader(t, newNotifier(t, 100), l, true)
+		time.Sleep(10 * time.Hour)
+		r.stop()
+		if n := len(l.since(0)); n < 9 || n > 12 {
+			t.Errorf("asked %d times in 10 hours", n)
+		}
+	})
+}
+
+// A cache in front of a feed may know it by its path only: then what was read comes
+// again, and is nothing new.
+func TestAFeedThatIgnoresWhatIsAskedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		origin, here := newNotifier(t, 100), newNotifier(t, 100)
+		origin.put(push("a"), push("b"))
+		l := &link{handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			req.URL.RawQuery = ""
+			origin.server.ServeHTTP(w, req)
+		})}
+		r := newReader(t, here, l, true)
+		time.Sleep(time.Minute)
+		origin.put(push("c"))
+		time.Sleep(time.Hour)
+		r.stop()
+		if got := repositories(here.taken()); !slices.Equal(got, []string{"a", "b", "c"}) {
+			t.Errorf("got %q", got)
+		}
+		if s := here.q.Stats(); s.Nothing[queue.Duplicate] != 0 || r.counts.missed != 0 || r.counts.failed != 0 {
+			t.Errorf("%+v %+v", s, r.counts)
+		}
+	})
+}
+
+// What is remembered of a feed does not grow with what it says.
+func TestALongETagIsNotKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		origin, here := newNotifier(t, 100), newNotifier(t, 100)
+		origin.put(push("a"))
+		l := &link{handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			if req.Header.Get("If-None-Match") != "" {
+				t.Error("it is sent back")
+			}
+			rec := httptest.NewRecorder()
+			origin.server.ServeHTTP(rec, req)
+			maps.Copy(w.Header(), rec.Header())
+			w.Header().Set("ETag", `"`+strings.Repeat("x", 10_000)+`"`)
+			w.WriteHeader(rec.Code)
+			_, _ = w.Write(rec.Body.Bytes())
+		})}
+		r := newReader(t, here, l, true)
+		time.Sleep(5 * time.Minute)
+		r.stop()
+		if at, err := here.q.Position("origin"); err != nil || len(at) == 0 || len(at) > 500 {
+			t.Errorf("%d bytes are kept, %v", len(at), err)
+		}
+	})
+}
