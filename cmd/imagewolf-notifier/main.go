@@ -3,8 +3,10 @@
 package main
 
 import (
+	"os"
+
 	"github.com/imagewolf/imagewolf/cmd/imagewolf-notifier/command"
 	"github.com/imagewolf/imagewolf/internal/program"
 )
 
-func main() { program.Main(command.App(), func(error) int { return 1 }) }
+func main() { os.Exit(program.Run(command.App(), func(error) int { return 1 })) }

@@ -3,8 +3,10 @@
 package main
 
 import (
+	"os"
+
 	"github.com/imagewolf/imagewolf/cmd/imagewolf/command"
 	"github.com/imagewolf/imagewolf/internal/program"
 )
 
-func main() { program.Main(command.App(), command.ExitStatus) }
+func main() { os.Exit(program.Run(command.App(), command.ExitStatus)) }

@@ -15,17 +15,18 @@ import (
 	"github.com/imagewolf/imagewolf/internal/build"
 )
 
-// Main runs the command line with the arguments of the process until it is told
-// to stop (SIGINT, SIGTERM). An error is printed, and the process exits with what
-// exit makes of it.
-func Main(app *cli.App, exit func(error) int) {
+// Run runs the command line with the arguments of the process until it is told to
+// stop (SIGINT, SIGTERM), prints the error that it ends with, and returns what the
+// process is to exit with: 0, or what statusOf makes of the error.
+func Run(app *cli.App, statusOf func(error) int) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := app.RunContext(ctx, os.Args)
 	stop()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", app.Name, err)
-		os.Exit(exit(err))
+		return statusOf(err)
 	}
+	return 0
 }
 
 // New returns the command line of a program, to which its commands are added. It
@@ -33,7 +34,7 @@ func Main(app *cli.App, exit func(error) int) {
 func New(name, usage string) *cli.App {
 	return &cli.App{
 		Name: name, Usage: usage,
-		// Errors are printed once, by Main; the library would exit on some.
+		// Errors are printed once, by Run; the library would exit on some.
 		ExitErrHandler:  func(*cli.Context, error) {},
 		HideVersion:     true,
 		HideHelpCommand: true,

@@ -137,3 +137,49 @@ func TestALongETagIsNotKept(t *testing.T) {
 		}
 	})
 }
+
+// slow is a history that answers when it is let go.
+type slow struct {
+	History
+	letGo chan struct{}
+}
+
+func (s slow) Newest(n int) (queue.Page, error) {
+	<-s.letGo
+	return s.History.Newest(n)
+}
+
+// Readers that come all at once do not have the notifier make a document for each at
+// the same time.
+func TestAFewReadersOnlyAreServedAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNotifier(t, 100)
+		letGo := make(chan struct{})
+		h := NewHandler(n.settings, slow{n.q, letGo}, nil)
+		answered := make(chan int, maxAtOnce)
+		for range maxAtOnce {
+			go func() { answered <- get(t, h, "/feed/atom").Code }()
+		}
+		synctest.Wait()
+		if res := get(t, h, "/feed/atom"); res.Code != http.StatusServiceUnavailable || res.Header().Get("Retry-After") == "" {
+			t.Errorf("one more: %d %s", res.Code, res.Header())
+		}
+		close(letGo)
+		for range maxAtOnce {
+			if code := <-answered; code != http.StatusOK {
+				t.Errorf("answered %d", code)
+			}
+		}
+		if res := get(t, h, "/feed/atom"); res.Code != http.StatusOK {
+			t.Errorf("afterwards: %d", res.Code)
+		}
+	})
+}
+
+// What is for those with a token is not kept by caches for others.
+func TestCachesKeepNoFeed(t *testing.T) {
+	h := get(t, newNotifier(t, 100).server, "/feed/atom").Header()
+	if h.Get("Cache-Control") != "private, no-cache" || h.Get("Vary") != "Authorization" {
+		t.Errorf("%s", h)
+	}
+}
