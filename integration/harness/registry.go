@@ -15,7 +15,7 @@ import (
 	"github.com/distribution/distribution/v3/registry/handlers"
 	_ "github.com/distribution/distribution/v3/registry/storage/driver/filesystem" // the storage in use
 	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/sirupsen/logrus"                                                   //nolint:depguard // the registry's own, to be silenced
+	"github.com/sirupsen/logrus" //nolint:depguard // the registry's own, to be silenced
 )
 
 // Registry is a distribution registry in this process, in plain HTTP on the

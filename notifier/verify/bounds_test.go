@@ -9,11 +9,13 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	notationregistry "github.com/notaryproject/notation-go/registry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sigstore/sigstore/pkg/cryptoutils"
@@ -111,5 +113,30 @@ func TestALongerKeyIsTakenWithEitherHash(t *testing.T) {
 			t.Fatal(err)
 		}
 		check(t, hash.String(), c.simple([]byte(text), sig, d), "")
+	}
+}
+
+// oneSignature is a registry with a signature of notation's that cannot be had.
+type oneSignature struct {
+	notationregistry.Repository
+	why error
+}
+
+func (o oneSignature) FetchSignatureBlob(context.Context, ocispec.Descriptor) ([]byte, ocispec.Descriptor, error) {
+	return nil, ocispec.Descriptor{}, o.why
+}
+
+// A signature that the registry cannot give out now may be a good one; one that it
+// does not have is none, or whoever pushes such a thing would have the image tried
+// again and again.
+func TestASignatureThatIsGoneIsABadOne(t *testing.T) {
+	for why, passes := range map[error]bool{
+		errors.New("not as large as it says"): false, fmt.Errorf("it: %w", registry.ErrNotFound): false,
+		context.DeadlineExceeded: true, &url.Error{Op: "Get", URL: "x", Err: errors.New("refused")}: true,
+	} {
+		w := &watched{Repository: oneSignature{why: why}}
+		if _, _, err := w.FetchSignatureBlob(t.Context(), ocispec.Descriptor{}); !errors.Is(err, why) || (w.err != nil) != passes {
+			t.Errorf("%v: it is tried again: %t", why, w.err != nil)
+		}
 	}
 }

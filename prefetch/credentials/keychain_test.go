@@ -80,6 +80,8 @@ func TestTheEntryThatIsMeant(t *testing.T) {
 		{"old.example.com", "x", "old", "11"},
 		{"nothing.example.com", "x", "", ""},
 		{"evil.com", "registry.example.com/team", "", ""},
+		{"registry.example.com.evil.com", "x", "", ""},
+		{"evil.registry.example.com", "x", "", ""},
 	} {
 		got, err := k.Lookup(t.Context(), c.host, c.repository)
 		if c.secret == "" {
@@ -134,6 +136,22 @@ func TestFilesAreReadAgainWhenTheyChange(t *testing.T) {
 	}
 	if got := user(); got != "two" {
 		t.Errorf("%q after a change", got)
+	}
+	// Only the size tells, and that it is longer than any credential file.
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write("config.json", `{"auths":{"r.example.com":`+auth("thirteen", "s3cret")+`}}`)
+	if err := os.Chtimes(path, time.Time{}, info.ModTime()); err != nil {
+		t.Fatal(err)
+	}
+	if got := user(); got != "thirteen" {
+		t.Errorf("%q after a change of the size", got)
+	}
+	write("config.json", `{"auths":{"r.example.com":`+auth("huge", "s3cret")+`}}`+strings.Repeat(" ", maxFile))
+	if got := user(); got != "" || !strings.Contains(log.String(), "this is no credential file") {
+		t.Errorf("%q of a huge file\n%s", got, log.String())
 	}
 	other := write("..data", `{"auths":{"r.example.com":`+auth("six", "s3cret")+`}}`)
 	// Only the inode tells.
