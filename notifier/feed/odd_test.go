@@ -10,11 +10,10 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/mmcdole/gofeed"
+
 	"github.com/imagewolf/imagewolf/notifier/queue"
 )
-
-// What follows is about feeds that are served otherwise than a notifier does: by
-// what is in front of it.
 
 // oneOf serves with one of the two headers by which a reader asks for what is new,
 // and sees that each is sent for the URL only that it came from.
@@ -181,5 +180,38 @@ func TestCachesKeepNoFeed(t *testing.T) {
 	h := get(t, newNotifier(t, 100).server, "/feed/atom").Header()
 	if h.Get("Cache-Control") != "private, no-cache" || h.Get("Vary") != "Authorization" {
 		t.Errorf("%s", h)
+	}
+}
+
+// Readers for people take a summary for HTML: what was pushed writes none.
+func TestASummaryIsNoHTML(t *testing.T) {
+	n := newNotifier(t, 100)
+	e := push("a")
+	e.MediaType = "text/<script>alert(1)</script>"
+	n.put(e)
+	for _, kind := range []string{"atom", "rss"} {
+		f, err := gofeed.NewParser().ParseString(get(t, n.server, "/feed/"+kind).Body.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := f.Items[0].Description; !strings.Contains(got, "&lt;script&gt;") || strings.Contains(got, "<") {
+			t.Errorf("%s: %q", kind, got)
+		}
+	}
+}
+
+// Readers that began together do not stay so.
+func TestIntervalsAreATenthMoreOrLess(t *testing.T) {
+	const interval = 30 * time.Second
+	seen := map[time.Duration]bool{}
+	for range 1000 {
+		d := jittered(interval)
+		if d < interval*9/10 || d > interval*11/10 {
+			t.Fatalf("%v", d)
+		}
+		seen[d/time.Second] = true
+	}
+	if len(seen) < 5 {
+		t.Errorf("only %d different seconds", len(seen))
 	}
 }
