@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"fmt"
 	"net/http"
 	"os"
 	"regexp"
@@ -79,6 +80,43 @@ func TestCounts(t *testing.T) {
 	}
 	if problems, err := testutil.GatherAndLint(m.registry); err != nil || len(problems) > 0 {
 		t.Errorf("%+v, %v", problems, err)
+	}
+}
+
+// Times are in seconds.
+func TestTimesAreSeconds(t *testing.T) {
+	m := newMetrics()
+	m.Answered("webhook", http.StatusOK, 20*time.Millisecond)
+	m.Answered("webhook", http.StatusOK, 2*time.Second)
+	families, err := m.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() != namespace+"_http_request_duration_seconds" {
+			continue
+		}
+		if got := f.GetMetric()[0].GetHistogram().GetSampleSum(); got < 2.019 || got > 2.021 {
+			t.Errorf("20 ms and 2 s are %v", got)
+		}
+		return
+	}
+	t.Error("no such metric")
+}
+
+// What has not happened yet is 0, so that an alert sees the first time that it does.
+func TestPollsAreCountedFromTheStart(t *testing.T) {
+	text := ""
+	m := newMetrics()
+	for _, name := range []string{"polls_total", "poll_missed_events_total"} {
+		series, err := testutil.GatherAndCount(m.registry, namespace+"_"+name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text += fmt.Sprint(name, " ", series, "\n")
+	}
+	if text != "polls_total 2\npoll_missed_events_total 1\n" {
+		t.Error(text)
 	}
 }
 
