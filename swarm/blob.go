@@ -80,6 +80,7 @@ type segment struct {
 	peers  []string         // guarded by blob.mu; where to download from
 	begun  time.Time        // guarded by blob.mu; when peers were first handed in
 	parted bool             // guarded by blob.mu; whole, and no connection is left that is of no use
+	roused time.Time        // guarded by blob.mu; when connections were roused last
 	joined atomic.Int64     // when somebody last connected, as sinceStart has it; 0: never
 
 	// guarded by blob.acct: when a chunk last came, who sent chunks of each piece

@@ -197,24 +197,24 @@ func (b *Blob) look(now time.Time) (more bool) {
 	}
 	b.kick()
 	room := b.limit - b.underWay(now)
-	still := map[metainfo.Hash]bool{}
+	still := map[metainfo.Hash][]string{}
 	// In the same order on all nodes: they pass on to each other what they are
 	// downloading, and one source is not asked for everything at once.
 	for _, i := range slices.Sorted(maps.Keys(b.segs)) {
 		s := b.segs[i]
 		if s.t.Complete().Bool() {
-			waited := b.part(s, now)
-			if waited && s.idles(now) {
-				still[s.hash] = true
+			waiting, open := b.part(s, now)
+			if len(waiting) > 0 && s.due(atStart(s.sent.Load()), now, 2*rousing) {
+				still[s.hash] = waiting
 			}
-			more = more || waited
+			more = more || open
 			continue
 		}
 		more = true
 		b.refresh(s)
 		b.dismiss(s, now)
-		if b.stands(s, now) {
-			still[s.hash] = true
+		if peers := b.unused(s, now); len(peers) > 0 {
+			still[s.hash] = peers
 		}
 		begun := !s.begun.IsZero()
 		if !b.begin(s, now, room) {
@@ -256,25 +256,28 @@ func (b *Blob) underWay(now time.Time) (n int) {
 }
 
 // part closes the connections of a segment that is whole here with peers that
-// have it whole as well, and reports whether there are connections with others
-// that have not been so for long. The client itself leaves most of them open,
-// and each costs as much as a busy one. b.mu must be held.
-func (b *Blob) part(s *segment, now time.Time) (more bool) {
+// have it whole as well. It returns the peers that are connected and do not, and
+// whether there are, or may be in a moment. The client itself leaves most of them
+// open, and each costs as much as a busy one. b.mu must be held.
+func (b *Blob) part(s *segment, now time.Time) (waiting []string, more bool) {
 	more = now.Sub(atStart(s.joined.Load())) < settling
 	if s.parted && !more {
-		return false
+		return nil, false
 	}
 	n := uint64(s.t.NumPieces())
 	for _, c := range s.t.PeerConns() {
 		if c.PeerPieces().GetCardinality() == n {
 			_ = c.Close() // returns nothing but nil
-		} else {
-			more = true
+			continue
+		}
+		more = true
+		if f, ok := c.RemoteAddr.(*face); ok {
+			waiting = append(waiting, f.peer)
 		}
 	}
 	// A peer that completes it later closes the connection on its side.
 	s.parted = !more
-	return more
+	return waiting, more
 }
 
 // refresh tells the client of pieces that have arrived from elsewhere. b.mu

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/anacrolix/torrent/metainfo"
@@ -23,8 +24,10 @@ import (
 // get it from here, it is put in between the messages of its peers. It is true of who
 // wants something, and nothing to who does not.
 
-// rousing is how long a segment stands still until its connections are roused.
-const rousing = pace
+// rousing is how long a segment stands still until connections of it are roused, and
+// then from one time to the next. A holder waits for twice as long: those that are
+// connected to it may have what they want from others.
+const rousing = 2 * pace
 
 // wake is the message that wakes the writer, as it would come over the wire.
 var wake = pp.Message{Type: pp.Interested}.MustMarshalBinary()
@@ -106,12 +109,13 @@ func (c *conn) rouse() {
 	_ = c.SetReadDeadline(time.Unix(1, 0)) // a closed connection has nobody to be woken
 }
 
-// rouse rouses the connections that are about these torrents.
-func (s *Swarm) rouse(still map[metainfo.Hash]bool) {
+// rouse rouses the connections with these peers, named as in Stats, by the torrent
+// that they are about.
+func (s *Swarm) rouse(still map[metainfo.Hash][]string) {
 	var conns []*conn
 	s.mu.Lock()
 	for c := range s.conns {
-		if h := c.hash.Load(); h != nil && still[*h] {
+		if h := c.hash.Load(); h != nil && slices.Contains(still[*h], c.face.peer) {
 			conns = append(conns, c)
 		}
 	}
@@ -121,25 +125,36 @@ func (s *Swarm) rouse(still map[metainfo.Hash]bool) {
 	}
 }
 
-// stands says whether a segment has got no byte for a while although a peer that is
-// connected has what is missing. b.mu must be held.
-func (b *Blob) stands(s *segment, now time.Time) bool {
+// due says whether it is time to rouse connections of a segment of which the last
+// byte went at the given moment. b.mu must be held.
+func (s *segment) due(last, now time.Time, after time.Duration) bool {
+	if now.Sub(last) < after || now.Sub(s.roused) < after {
+		return false
+	}
+	s.roused = now
+	return true
+}
+
+// unused returns the peers that are connected and have what is missing of a segment
+// that has got no byte for a while. b.mu must be held.
+func (b *Blob) unused(s *segment, now time.Time) (peers []string) {
 	b.acct.Lock()
 	last := s.moved
 	b.acct.Unlock()
-	if now.Sub(last) < rousing {
-		return false
+	if !s.due(last, now, rousing) {
+		return nil
 	}
-	for _, c := range s.t.PeerConns() {
-		have := c.PeerPieces()
-		for i := range s.t.NumPieces() {
-			if have.Contains(uint32(i)) && !s.t.Piece(i).State().Complete {
-				return true
-			}
+	var missing []uint32
+	for i := range s.t.NumPieces() {
+		if !s.t.Piece(i).State().Complete {
+			missing = append(missing, uint32(i))
 		}
 	}
-	return false
+	for _, c := range s.t.PeerConns() {
+		f, ok := c.RemoteAddr.(*face)
+		if ok && slices.ContainsFunc(missing, c.PeerPieces().Contains) {
+			peers = append(peers, f.peer)
+		}
+	}
+	return peers
 }
-
-// idles says whether nobody has got a byte of a segment for a while.
-func (s *segment) idles(now time.Time) bool { return now.Sub(atStart(s.sent.Load())) >= rousing }
