@@ -6,10 +6,8 @@ import (
 	"net"
 	"os"
 	"sync"
-	"sync/atomic"
 	"time"
 
-	"github.com/anacrolix/torrent/metainfo"
 	"golang.org/x/time/rate"
 )
 
@@ -49,11 +47,6 @@ type conn struct {
 	once   sync.Once
 
 	read, written int64 // uncharged so far; each is used by one goroutine at a time
-
-	parser parser // used by who reads
-	// hash is the torrent that the connection is about, once its handshake has come.
-	hash   atomic.Pointer[metainfo.Hash]
-	roused atomic.Bool // Read is to put a message in
 }
 
 func (s *Swarm) newConn(c net.Conn, f *face) *conn {
@@ -76,9 +69,9 @@ func (c *conn) RemoteAddr() net.Addr { return c.face }
 func (c *conn) Read(p []byte) (int, error) {
 	limit := c.swarm.download
 	if limit == nil {
-		return c.receive(p)
+		return c.Conn.Read(p)
 	}
-	n, err := c.receive(p[:min(len(p), throttleStep)])
+	n, err := c.Conn.Read(p[:min(len(p), throttleStep)])
 	if c.read < freeBytes {
 		c.read += int64(n)
 		return n, err

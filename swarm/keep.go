@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/anacrolix/torrent"
-	"github.com/anacrolix/torrent/metainfo"
 )
 
 const (
@@ -16,9 +15,9 @@ const (
 	// maxBad is how many bad pieces a peer may have had a part in, beyond the
 	// good ones, before it is banned whoever else had a part in them.
 	maxBad = 8
-	// settling is after how long a connection has certainly become the client's,
-	// and says what its peer has.
-	settling = time.Second
+	// settling is after how long a connection has become the client's, however busy
+	// that is, and says what its peer has.
+	settling = 3 * time.Second
 )
 
 // account is what is known of one peer's doings in one blob.
@@ -76,7 +75,7 @@ func (s *segment) received(peer string, piece, n int) {
 	defer b.acct.Unlock()
 	s.moved = now
 	a := b.account(peer)
-	if !a.since.IsZero() {
+	if !a.since.IsZero() && a.good > 0 {
 		b.took(now.Sub(a.since), now)
 	}
 	a.bytes, a.since = a.bytes+int64(n), now
@@ -197,25 +196,18 @@ func (b *Blob) look(now time.Time) (more bool) {
 	}
 	b.kick()
 	room := b.limit - b.underWay(now)
-	still := map[metainfo.Hash][]string{}
 	// In the same order on all nodes: they pass on to each other what they are
 	// downloading, and one source is not asked for everything at once.
 	for _, i := range slices.Sorted(maps.Keys(b.segs)) {
 		s := b.segs[i]
 		if s.t.Complete().Bool() {
-			waiting, open := b.part(s, now)
-			if len(waiting) > 0 && s.due(atStart(s.sent.Load()), now, 2*rousing) {
-				still[s.hash] = waiting
-			}
-			more = more || open
+			more = b.part(s, now) || more
 			continue
 		}
 		more = true
 		b.refresh(s)
 		b.dismiss(s, now)
-		if peers := b.unused(s, now); len(peers) > 0 {
-			still[s.hash] = peers
-		}
+		b.rouseIdle(s, now)
 		begun := !s.begun.IsZero()
 		if !b.begin(s, now, room) {
 			continue
@@ -223,9 +215,6 @@ func (b *Blob) look(now time.Time) (more bool) {
 		if b.handIn(s, now); !begun {
 			room--
 		}
-	}
-	if len(still) > 0 {
-		b.swarm.rouse(still)
 	}
 	return more
 }
@@ -256,14 +245,15 @@ func (b *Blob) underWay(now time.Time) (n int) {
 }
 
 // part closes the connections of a segment that is whole here with peers that
-// have it whole as well. It returns the peers that are connected and do not, and
-// whether there are, or may be in a moment. The client itself leaves most of them
-// open, and each costs as much as a busy one. b.mu must be held.
-func (b *Blob) part(s *segment, now time.Time) (waiting []string, more bool) {
+// have it whole as well, rouses the others if none has got a byte for a while, and
+// reports whether there are others, or may be in a moment. The client itself leaves
+// most of them open, and each costs as much as a busy one. b.mu must be held.
+func (b *Blob) part(s *segment, now time.Time) (more bool) {
 	more = now.Sub(atStart(s.joined.Load())) < settling
 	if s.parted && !more {
-		return nil, false
+		return false
 	}
+	idle := s.due(atStart(s.sent.Load()), now, 2*rousing)
 	n := uint64(s.t.NumPieces())
 	for _, c := range s.t.PeerConns() {
 		if c.PeerPieces().GetCardinality() == n {
@@ -271,13 +261,13 @@ func (b *Blob) part(s *segment, now time.Time) (waiting []string, more bool) {
 			continue
 		}
 		more = true
-		if f, ok := c.RemoteAddr.(*face); ok {
-			waiting = append(waiting, f.peer)
+		if idle {
+			rouse(c)
 		}
 	}
 	// A peer that completes it later closes the connection on its side.
 	s.parted = !more
-	return waiting, more
+	return more
 }
 
 // refresh tells the client of pieces that have arrived from elsewhere. b.mu

@@ -82,17 +82,16 @@ func (b *Blob) Owed(peer string) time.Time {
 	return since
 }
 
-// dismiss leaves out for a while the peers of an incomplete segment that stands
-// still that have been asked and send nothing, if one that is connected has what is
-// missing. b.mu must be held.
+// dismiss leaves out for a while the peers of an incomplete segment that have been
+// asked and send nothing, if one that is connected has what is missing: sooner if the
+// segment stands still. b.mu must be held.
 func (b *Blob) dismiss(s *segment, now time.Time) {
 	b.acct.Lock()
 	patience := b.lateness(now)
-	stands := now.Sub(s.moved) >= patience
-	b.acct.Unlock()
-	if !stands {
-		return
+	if now.Sub(s.moved) < patience {
+		patience = maxLate // the others bring something meanwhile
 	}
+	b.acct.Unlock()
 	var silent []string
 	able := false
 	for _, c := range s.t.PeerConns() {

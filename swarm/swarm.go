@@ -319,7 +319,7 @@ func (s *Swarm) completedHandshake(c *torrent.PeerConn, h metainfo.Hash) {
 	}
 	c.PeerMaxRequests = maxRequests
 	now := time.Now()
-	if last := seg.joined.Swap(sinceStart(now)); now.Sub(atStart(last)) >= settling {
+	if last := seg.joined.Swap(sinceStart(now)); now.Sub(atStart(last)) >= settling/2 {
 		seg.blob.poke() // which may have thought that nobody wants the segment
 	}
 	if f.conn != nil {
