@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -22,6 +23,8 @@ import (
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/prefetch"
 )
+
+const empty = digest.Digest("sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
 
 // testEngine pulls nothing and says that it did.
 type testEngine struct {
@@ -36,7 +39,7 @@ func (e *testEngine) Pull(_ context.Context, r prefetch.Request, progress func(p
 	defer e.mu.Unlock()
 	e.pulled = append(e.pulled, r)
 	progress(prefetch.Progress{Bytes: 5, Total: 5})
-	return prefetch.Result{Digest: nothing, Bytes: 5}, nil
+	return prefetch.Result{Digest: empty, Bytes: 5}, nil
 }
 
 func (e *testEngine) Record(r prefetch.Request) string { return r.Namespace + " " + r.Image }
@@ -128,7 +131,7 @@ func TestRequestReachesTheSelectedNodes(t *testing.T) {
 	c := apiClient(t, socketOf(nodes[1]))
 	awaitAPI(t, c)
 	st, err := c.Prefetch(t.Context(), &imagewolfv1.PrefetchRequest{
-		Image: "r/app:1", Digest: nothing.String(), Namespace: "space", Platforms: []string{"linux/arm64"}, Referrers: true,
+		Image: "r/app:1", Digest: empty.String(), Namespace: "space", Platforms: []string{"linux/arm64"}, Referrers: true,
 		Nodes: &imagewolfv1.NodeSelection{Labels: "zone=a"},
 	})
 	if err != nil {
@@ -143,7 +146,7 @@ func TestRequestReachesTheSelectedNodes(t *testing.T) {
 		engines[i].mu.Lock()
 		if got := engines[i].pulled; len(got) != want {
 			t.Errorf("node%d pulled %v", i, got)
-		} else if want == 1 && (got[0].Image != "r/app:1" || got[0].Digest != nothing || got[0].Namespace != "space" || !got[0].Referrers || len(got[0].Platforms) != 1) {
+		} else if want == 1 && (got[0].Image != "r/app:1" || got[0].Digest != empty || got[0].Namespace != "space" || !got[0].Referrers || len(got[0].Platforms) != 1) {
 			t.Errorf("node%d was asked for %+v", i, got[0])
 		}
 		engines[i].mu.Unlock()
@@ -277,7 +280,7 @@ func TestBrokenAPIEndsNothing(t *testing.T) {
 	}
 	tn := startPrefetcher(t, cfg, &testEngine{})
 	tn.awaitMembers(t, 1)
-	if _, err := tn.client.Info(t.Context(), nothing); err == nil || errors.Is(err, context.DeadlineExceeded) {
+	if _, err := tn.client.Info(t.Context(), empty); err == nil || errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("the store answers %v", err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
+	"google.golang.org/grpc"
 
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/internal/systemd/systemdtest"
@@ -55,5 +56,30 @@ func TestWatchdogMissesTheStore(t *testing.T) {
 	defer cancel()
 	if err := answers(ctx, contentapi.NewContentClient(conn)); err == nil {
 		t.Error("the store is said to answer")
+	}
+}
+
+// full is a store that has whatever it is asked for.
+type full struct {
+	contentapi.ContentClient
+	asked map[string]bool
+}
+
+func (f full) Info(_ context.Context, r *contentapi.InfoRequest, _ ...grpc.CallOption) (*contentapi.InfoResponse, error) {
+	f.asked[r.Digest] = true
+	return &contentapi.InfoResponse{}, nil
+}
+
+// TestNoContentStopsTheWatchdog: a store that has what it is asked for answers, and
+// nobody can know before what that will be.
+func TestNoContentStopsTheWatchdog(t *testing.T) {
+	f := full{asked: map[string]bool{}}
+	for range 2 {
+		if err := answers(t.Context(), f); err != nil {
+			t.Errorf("a store that answers: %v", err)
+		}
+	}
+	if len(f.asked) != 2 {
+		t.Errorf("asked twice for the same: %v", f.asked)
 	}
 }
