@@ -171,6 +171,7 @@ func sign(k signature, secret string, body []byte) []byte {
 // not known, one request at a time and not often: anyone can name a key.
 func tokenCheck(c config.Receiver, client *http.Client) check {
 	limited := *client
+	limited.Timeout = 0 // its error would hide what seldom's says, which has a bound of its own
 	limited.Transport = &seldom{next: client.Transport, limit: rate.NewLimiter(rate.Every(time.Second), 5)}
 	keys := keySet{oidc.NewRemoteKeySet(oidc.ClientContext(context.Background(), &limited), c.OIDCKeysURL)}
 	verifier := oidc.NewVerifier(c.OIDCIssuer, keys, &oidc.Config{
@@ -228,7 +229,8 @@ type seldom struct {
 	limit *rate.Limiter
 }
 
-// RoundTrip implements http.RoundTripper. The answer is there as a whole.
+// RoundTrip implements http.RoundTripper. The answer is there as a whole, within
+// outTime.
 func (s *seldom) RoundTrip(req *http.Request) (*http.Response, error) {
 	if !s.limit.Allow() {
 		return nil, fmt.Errorf("%w: asked for too often", errNotNow)
@@ -237,7 +239,9 @@ func (s *seldom) RoundTrip(req *http.Request) (*http.Response, error) {
 	if next == nil {
 		next = http.DefaultTransport
 	}
-	res, err := next.RoundTrip(req)
+	ctx, cancel := context.WithTimeout(req.Context(), outTime)
+	defer cancel()
+	res, err := next.RoundTrip(req.WithContext(ctx))
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errNotNow, err)
 	}

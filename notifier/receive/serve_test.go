@@ -261,7 +261,16 @@ func TestKeysOfAnIssuerThatCannotBeHadNow(t *testing.T) {
 		}
 	}
 	for name, away := range map[string]roundTrip{
-		"away":    func(*http.Request) (*http.Response, error) { return nil, errors.New("no way there") },
+		"away": func(*http.Request) (*http.Response, error) { return nil, errors.New("no way there") },
+		"hangs": func(req *http.Request) (*http.Response, error) {
+			<-req.Context().Done()
+			return nil, req.Context().Err()
+		},
+		"hangs in the middle": func(req *http.Request) (*http.Response, error) {
+			r, w := io.Pipe()
+			context.AfterFunc(req.Context(), func() { w.CloseWithError(req.Context().Err()) })
+			return &http.Response{StatusCode: http.StatusOK, Body: r, Header: http.Header{}}, nil
+		},
 		"failing": answers(http.StatusBadGateway, strings.NewReader("")),
 		"absent":  answers(http.StatusNotFound, strings.NewReader("{}")),
 		"no keys": answers(http.StatusOK, strings.NewReader("<html>")),
