@@ -225,7 +225,7 @@ func (q *Queue) signal() {
 // error undoes the transaction, which is others' too: being full is none.
 func (q *Queue) put(tx *bbolt.Tx, events []event.Event, now time.Time) (kept []entry, again []event.Event, full bool, err error) {
 	s := q.memory(tx, now)
-	if err := s.prune(); err != nil {
+	if err := s.prune(len(events)); err != nil {
 		return nil, nil, false, err
 	}
 	var fresh []event.Event

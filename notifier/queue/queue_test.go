@@ -475,41 +475,6 @@ func TestManySendersAtOnceAndAQueueThatIsFull(t *testing.T) {
 	}
 }
 
-func TestWhatWasSeenIsForgottenInTime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := settings(t)
-		c.MaxEvents, c.DedupeWindow = 50, config.Duration(time.Minute)
-		q := open(t, c)
-		seen := func() (n int) {
-			if err := q.db.View(func(tx *bbolt.Tx) error {
-				n = max(tx.Bucket(seenBucket).Stats().KeyN, tx.Bucket(seenAtBucket).Stats().KeyN)
-				return nil
-			}); err != nil {
-				t.Fatal(err)
-			}
-			return n
-		}
-		for i := range 400 {
-			put(t, q, push(fmt.Sprintf("repo-%d", i)))
-			drain(t, q)
-			if n := seen(); n > seenPerEvent*c.MaxEvents+3 {
-				t.Fatalf("%d entries after %d events within the window", n, i)
-			}
-		}
-		time.Sleep(time.Minute)
-		for i := range 10 {
-			put(t, q, push(fmt.Sprintf("later-%d", i)))
-		}
-		if n := seen(); n != 30 {
-			t.Errorf("%d entries after the window", n)
-		}
-		put(t, q, push("later-0"))
-		if s := q.Stats(); s.Waiting != 10 {
-			t.Errorf("%+v", s)
-		}
-	})
-}
-
 func TestNoWindowKnowsNothing(t *testing.T) {
 	c := settings(t)
 	c.DedupeWindow = 0

@@ -3,6 +3,7 @@ package queue
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -11,7 +12,8 @@ import (
 )
 
 const (
-	pruneAtOnce  = 64 // entries thrown away by one Put; it adds fewer, but for big deliveries
+	marksOfEvent = 3  // at most that keys returns of one event
+	pruneAtOnce  = 64 // entries thrown away by one Put at most, beside as many as it may add
 	seenPerEvent = 4  // entries at most, for each event that the queue may hold
 )
 
@@ -109,24 +111,31 @@ func (m memory) mark(marks []mark) error {
 // forget takes back what mark has kept in mind of an event that was taken then, but
 // for what a later one is known by as well.
 func (m memory) forget(marks []mark, taken time.Time) error {
+	removed := 0
 	for _, k := range marks {
 		v := m.seen.Get(k.key[:])
 		if len(v) < 8 || number(v) != uint64(taken.UnixNano()) || string(v[8:]) != k.digest {
 			continue
 		}
-		if err := m.seen.Delete(k.key[:]); err != nil {
+		at := append(append([]byte{}, v[:8]...), k.key[:]...)
+		if m.at.Get(at) != nil {
+			removed++
+		}
+		if err := errors.Join(m.seen.Delete(k.key[:]), m.at.Delete(at)); err != nil {
 			return err
 		}
 	}
-	return nil
+	return add(m.tx, seenAtBucket, -removed)
 }
 
-// prune throws away some of what is too old, or too much.
-func (m memory) prune() error {
+// prune throws away some of what is too old, or too much, before a number of events
+// is added.
+func (m memory) prune(events int) error {
+	most := events*marksOfEvent + pruneAtOnce
 	n := count(m.tx, seenAtBucket)
 	var old [][]byte
 	c := m.at.Cursor()
-	for k, _ := c.First(); k != nil && len(old) < pruneAtOnce; k, _ = c.Next() {
+	for k, _ := c.First(); k != nil && len(old) < most; k, _ = c.Next() {
 		if m.fresh(number(k)) && n-len(old) <= m.most {
 			break
 		}
