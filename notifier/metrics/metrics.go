@@ -36,7 +36,7 @@ type Metrics struct {
 	answers   *prometheus.CounterVec
 	took      *prometheus.HistogramVec
 
-	waiting, taken, done, nothing *prometheus.Desc
+	waiting, taken, done, panics, nothing *prometheus.Desc
 }
 
 // New returns metrics that are all zero, those of each feed that is polled. The
@@ -65,6 +65,7 @@ func New(stats func() queue.Stats, polls ...string) *Metrics {
 		waiting: desc("events_waiting", "Events in the queue."),
 		taken:   desc("events_taken_total", "Events that were put into the queue."),
 		done:    desc("events_done_total", "Events that were worked off, whether a prefetch came of them or not."),
+		panics:  desc("panics_total", "Panics over events that were contained: the event is tried again, the rest went on."),
 		nothing: desc("events_nothing_total", "Events and requests that led to nothing, by the reason.", "kind"),
 	}
 	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
@@ -80,7 +81,7 @@ func New(stats func() queue.Stats, polls ...string) *Metrics {
 
 // Describe implements prometheus.Collector, for what the queue counts itself.
 func (m *Metrics) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.waiting, m.taken, m.done, m.nothing} {
+	for _, d := range []*prometheus.Desc{m.waiting, m.taken, m.done, m.panics, m.nothing} {
 		out <- d
 	}
 }
@@ -91,6 +92,7 @@ func (m *Metrics) Collect(out chan<- prometheus.Metric) {
 	out <- prometheus.MustNewConstMetric(m.waiting, prometheus.GaugeValue, float64(s.Waiting))
 	out <- prometheus.MustNewConstMetric(m.taken, prometheus.CounterValue, float64(s.Taken))
 	out <- prometheus.MustNewConstMetric(m.done, prometheus.CounterValue, float64(s.Done))
+	out <- prometheus.MustNewConstMetric(m.panics, prometheus.CounterValue, float64(s.Panics))
 	for kind, n := range s.Nothing {
 		out <- prometheus.MustNewConstMetric(m.nothing, prometheus.CounterValue, float64(n), string(kind))
 	}

@@ -17,7 +17,7 @@ import (
 
 func newMetrics() *Metrics {
 	return New(func() queue.Stats {
-		return queue.Stats{Waiting: 1, Taken: 2, Done: 3, Nothing: map[event.Kind]uint64{queue.Duplicate: 4, event.Ping: 5}}
+		return queue.Stats{Waiting: 1, Taken: 2, Done: 3, Panics: 6, Nothing: map[event.Kind]uint64{queue.Duplicate: 4, event.Ping: 5}}
 	}, "origin")
 }
 
@@ -37,6 +37,7 @@ func TestCounts(t *testing.T) {
 		"events_nothing_total":     "{kind=\"duplicate\"} 4\n{kind=\"ping\"} 5",
 		"prefetches_total":         `{rule="web"} 2`,
 		"tries_failed_total":       " 1",
+		"panics_total":             " 6",
 		"polls_total":              "{outcome=\"failed\",poll=\"origin\"} 2\n{outcome=\"ok\",poll=\"origin\"} 1",
 		"poll_missed_events_total": `{poll="origin"} 7`,
 		"http_requests_total":      "{code=\"200\",part=\"webhook\"} 1\n{code=\"401\",part=\"webhook\"} 1",

@@ -32,6 +32,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -46,6 +47,10 @@ import (
 // ErrFull is returned by Put when the events would be more than the queue may
 // hold. Their sender is asked to send them again later.
 var ErrFull = errors.New("the queue is full")
+
+// errPanic is why an event is tried again whose work panicked; the panic is logged
+// where it is contained.
+var errPanic = errors.New("the work on it panicked")
 
 // Why events lead to nothing in the queue, beside what decoders found.
 const (
@@ -84,6 +89,7 @@ type Queue struct {
 	waiting due
 	taken   uint64
 	done    uint64
+	panics  uint64
 	nothing map[event.Kind]uint64
 }
 
@@ -98,6 +104,7 @@ type Stats struct {
 	Waiting int                   // now, those that were there at the start among them
 	Taken   uint64                // kept
 	Done    uint64                // worked off
+	Panics  uint64                // tries that ended in a panic
 	Nothing map[event.Kind]uint64 // led to nothing, by the reason
 }
 
@@ -161,7 +168,7 @@ func (q *Queue) Close() error { return q.db.Close() }
 func (q *Queue) Stats() Stats {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return Stats{Waiting: len(q.waiting), Taken: q.taken, Done: q.done, Nothing: maps.Clone(q.nothing)}
+	return Stats{Waiting: len(q.waiting), Taken: q.taken, Done: q.done, Panics: q.panics, Nothing: maps.Clone(q.nothing)}
 }
 
 // Count counts something that leads to nothing, of which there is nothing to
@@ -275,7 +282,7 @@ func (q *Queue) put(tx *bbolt.Tx, events []event.Event, now time.Time) (kept []e
 }
 
 // Run hands the events to work, as many at the same time as the settings say
-// (queue.workers), in the order in which they came. One whose work fails is
+// (queue.workers), in the order in which they came. One whose work fails or panics is
 // tried again after a second, then after twice as long and so on, up to five
 // minutes, until retry_for has passed since it was taken; others go on
 // meanwhile. One whose work returns event.ErrNothing is over, and what it pushed is
@@ -404,7 +411,7 @@ func (q *Queue) try(ctx context.Context, e entry, work func(context.Context, eve
 		return attempt{over: &ending{seq: e.seq}}
 	}
 	over := &ending{seq: e.seq, taken: r.Taken}
-	err = work(ctx, r.Event)
+	err = q.work(ctx, r.Event, work)
 	switch {
 	case err == nil:
 		q.ended("")
@@ -429,6 +436,22 @@ func (q *Queue) try(ctx context.Context, e entry, work func(context.Context, eve
 	heap.Push(&q.waiting, e)
 	q.mu.Unlock()
 	return attempt{}
+}
+
+// work has an event worked on, and makes a panic an error: what images and their
+// signatures hold is foreign, and an event that ended the process would do so again
+// after every start.
+func (q *Queue) work(ctx context.Context, e event.Event, work func(context.Context, event.Event) error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			q.log.Error("panic over an event", "image", e.Image(), "receiver", e.Source, "err", fmt.Sprintf("%v\n%s", p, debug.Stack()))
+			q.mu.Lock()
+			defer q.mu.Unlock()
+			q.panics++
+			err = errPanic
+		}
+	}()
+	return work(ctx, e)
 }
 
 func backoff(tries int) time.Duration {

@@ -228,6 +228,48 @@ func TestFailedWorkIsTriedAgainLaterAndGivenUp(t *testing.T) {
 	})
 }
 
+// What images and their signatures hold is foreign: an event over which the work
+// panics must not end the process, which would begin with it anew.
+func TestWorkThatPanicsIsTriedAgainAndGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := settings(t)
+		c.RetryFor = config.Duration(2 * time.Second)
+		var log bytes.Buffer
+		q, err := Open(c, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer q.Close()
+		defer q.check(t)
+		put(t, q, push("bad"), push("good"))
+		tries := 0
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() {
+			ended <- q.Run(ctx, func(_ context.Context, e event.Event) error {
+				if e.Repository == "good" {
+					return nil
+				}
+				tries++
+				panic("a signature of no length")
+			})
+		}()
+		time.Sleep(time.Minute)
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		if st := q.Stats(); tries != 3 || st.Waiting != 0 || st.Done != 1 || st.Nothing[GaveUp] != 1 || st.Panics != 3 {
+			t.Errorf("%d tries, %+v", tries, st)
+		}
+		for _, want := range []string{"level=ERROR", "a signature of no length", "queue_test.go", "r.example/bad:1@", "an event is given up"} {
+			if !strings.Contains(log.String(), want) {
+				t.Errorf("no %q in the log: %s", want, &log)
+			}
+		}
+	})
+}
+
 func TestWhatWasGivenUpIsTakenWhenItComesAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := settings(t)
