@@ -50,6 +50,11 @@ type NotifierQueue struct {
 	Workers      int      `toml:"workers" comment:"How many events are worked on at the same time. 1 to 64."`
 }
 
+// MaxPerBody returns how many events of one body are taken: half of those that may
+// wait. All of a body are taken or none, so one of more would be refused for as long
+// as others wait, and a sender that repeats it would send nothing else meanwhile.
+func (q NotifierQueue) MaxPerBody() int { return q.MaxEvents / 2 }
+
 // Receiver is one webhook: where it comes in, what it is, and how its sender
 // proves who it is.
 type Receiver struct {

@@ -102,7 +102,7 @@ func (r *Result) push(e Event) {
 	case mt != "" && !imageTypes[mt]:
 		r.ignore(NotImage, "%s is no image but %q", clip(e.Repository), clip(e.MediaType))
 	case r.most > 0 && len(r.Events) >= r.most:
-		r.ignore(TooMany, "a push behind the first %d in one body: the queue cannot hold them (queue.max_events)", r.most)
+		r.ignore(TooMany, "a push behind the first %d in one body: the queue takes no more at once (half of queue.max_events)", r.most)
 	default:
 		if err := e.normalize(); err != nil {
 			r.ignore(Invalid, "%q: %w", clip(e.Registry+"/"+e.Repository), err)

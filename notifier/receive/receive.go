@@ -248,7 +248,7 @@ func (h *Handler) take(w http.ResponseWriter, req *http.Request, r *receiver) {
 	}
 	result, err := event.Decode(r.config.Type, event.Delivery{
 		Header: req.Header, Body: body, Registry: r.config.Registry, Topic: r.config.TopicARN,
-		MaxEvents: h.settings.Queue.MaxEvents, // more can never be kept
+		MaxEvents: h.settings.Queue.MaxPerBody(),
 	})
 	if err != nil {
 		h.unreadable(ctx, w, r, http.StatusBadRequest, err)

@@ -105,7 +105,7 @@ func readEvent(c *cli.Context, cfg config.Notifier) ([]byte, error) {
 
 // decode reads the event as the receiver does that is named, or in our own form.
 func decode(c *cli.Context, cfg config.Notifier, body []byte) (event.Result, error) {
-	d, kind := event.Delivery{Body: body, Header: http.Header{}, MaxEvents: cfg.Queue.MaxEvents}, "generic"
+	d, kind := event.Delivery{Body: body, Header: http.Header{}, MaxEvents: cfg.Queue.MaxPerBody()}, "generic"
 	if name := c.String(receiverFlag); name != "" {
 		r, ok := cfg.Receiver[name]
 		if !ok {
