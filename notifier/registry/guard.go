@@ -44,7 +44,8 @@ func (e *refusedError) Error() string { return e.what }
 //   - a host that the registry names for tokens, and that credentials are sent
 //     to: of the registry's own domain, or one of token_hosts;
 //   - a host that the registry redirects a GET or HEAD to, as many do for blobs:
-//     without credentials, and never one of this machine or of the link.
+//     without credentials, and never one of this machine or of the link, nor one
+//     at which a cloud tells its machines their credentials.
 //
 // From HTTPS nothing leads to plain HTTP.
 type guard struct {
@@ -96,9 +97,38 @@ var metadata = []netip.Prefix{
 	netip.MustParsePrefix("fd00:42::42/128"),    // Scaleway
 }
 
-// inIPv6 are the prefixes before an IPv4 address in one of IPv6: that of NAT64, and
-// one that is out of use.
-var inIPv6 = []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96"), netip.MustParsePrefix("::/96")}
+// inIPv6 are the prefixes of addresses of IPv6 that have one of IPv4 in them, and
+// the bytes that this may be. With NAT64's local one they depend on how much of it a
+// network uses (RFC 6052, 2.2), which nobody tells us.
+var inIPv6 = []struct {
+	prefix netip.Prefix
+	bytes  [][4]int
+}{
+	{netip.MustParsePrefix("64:ff9b::/96"), [][4]int{{12, 13, 14, 15}}}, // NAT64
+	{netip.MustParsePrefix("64:ff9b:1::/48"), [][4]int{{6, 7, 9, 10}, {7, 9, 10, 11}, {9, 10, 11, 12}, {12, 13, 14, 15}}},
+	{netip.MustParsePrefix("2002::/16"), [][4]int{{2, 3, 4, 5}}}, // 6to4
+	{netip.MustParsePrefix("::/96"), [][4]int{{12, 13, 14, 15}}}, // out of use
+}
+
+// embedded returns the addresses of IPv4 that one of IPv6 may stand for.
+func embedded(ip netip.Addr) []netip.Addr {
+	var out []netip.Addr
+	b := ip.As16()
+	for _, in := range inIPv6 {
+		if !in.prefix.Contains(ip) {
+			continue
+		}
+		for _, at := range in.bytes {
+			v4 := netip.AddrFrom4([4]byte{b[at[0]], b[at[1]], b[at[2]], b[at[3]]})
+			// Bytes that are another address's in part are often such, and nothing is reached there.
+			if len(in.bytes) > 1 && (v4.IsUnspecified() || v4.IsMulticast()) {
+				continue
+			}
+			out = append(out, v4)
+		}
+	}
+	return out
+}
 
 // refuseOwn refuses to connect to this machine and to what is only on its link or
 // tells clouds' machines their credentials.
@@ -108,12 +138,7 @@ func refuseOwn(_, address string, _ syscall.RawConn) error {
 		return err
 	}
 	ip := at.Addr().Unmap().WithZone("")
-	all := []netip.Addr{ip}
-	if in := func(p netip.Prefix) bool { return p.Contains(ip) }; slices.ContainsFunc(inIPv6, in) {
-		b := ip.As16()
-		all = append(all, netip.AddrFrom4([4]byte(b[12:])))
-	}
-	for _, ip := range all {
+	for _, ip := range append(embedded(ip), ip) {
 		told := slices.ContainsFunc(metadata, func(p netip.Prefix) bool { return p.Contains(ip) })
 		if told || ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsMulticast() || ip.IsUnspecified() {
 			return &refusedError{fmt.Sprintf("redirected to %s, which is an address of this machine, of its link or of its cloud's credentials", at)}

@@ -456,7 +456,12 @@ func TestWhereRequestsMayLead(t *testing.T) {
 		"100.100.100.200:80": false, "[::ffff:100.100.100.200]:80": false, "168.63.129.16:80": false,
 		"[fd00:ec2::254]:80": false, "[fd20:ce::254]:80": false, "[fd00:c1::a9fe:a9fe]:80": false, "[fd00:42::42]:80": false,
 		"[64:ff9b::203.0.113.1]:443": true, "[fd00:ec3::254]:443": true, "100.100.100.201:443": true,
-		"10.0.0.1:443": true, "192.0.2.1:443": true, "[2001:db8::1]:443": true, "nonsense": false,
+		"[2002:7f00:1::1]:443": false, "[2002:a9fe:a9fe::]:80": false, "[2002:6464:64c8::1]:80": false, "[2002:cb00:7101::7f00:1]:443": true,
+		"[64:ff9b:1::169.254.169.254]:80": false, "[64:ff9b:1:2:3:4:7f00:1]:80": false, "[64:ff9b:1:a9fe:a9:fe00::]:80": false,
+		"[64:ff9b:1:a9:fe:a9fe::]:80": false, "[64:ff9b:1:2:a9:fea9:fe00:0]:80": false, "[64:ff9b:1:6464:64:c800::]:80": false,
+		"[64:ff9b:1::203.0.113.1]:443": true, "[64:ff9b:1:cb00:71:100::]:443": true, "[64:ff9b:1:cbe0:e1:100::]:443": true,
+		"[64:ff9b:2::169.254.169.254]:80": true,
+		"10.0.0.1:443":                    true, "192.0.2.1:443": true, "[2001:db8::1]:443": true, "nonsense": false,
 	} {
 		if err := refuseOwn("tcp", address, nil); (err == nil) != ok {
 			t.Errorf("%s: %v", address, err)
