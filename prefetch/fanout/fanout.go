@@ -203,7 +203,10 @@ func (f *Fanout) step(ctx context.Context, now time.Time, pulls *sync.WaitGroup)
 		}
 	}
 	for {
-		dirty = append(dirty, f.supersede(now)...)
+		// Those that end in one look are what others wait for by it, so: until none does.
+		for over := f.supersede(now); len(over) > 0; over = f.supersede(now) {
+			dirty = append(dirty, over...)
+		}
 		best := f.best(now)
 		if best == nil {
 			return next, dirty

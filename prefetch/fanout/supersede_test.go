@@ -155,6 +155,26 @@ func TestPullsOfOneTagFollowEachOther(t *testing.T) {
 	})
 }
 
+// Of three the youngest wants what the oldest wants, and so ends only the one between.
+func TestNoneWaitsForOneThatIsSuperseded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tg := tagged(newWorld(t).add("a", nil))
+		failsOnce := once()
+		tg.before[d1] = func(ctx context.Context) error { return errors.Join(failsOnce(ctx), takes(10*time.Second)(ctx)) }
+		tg.before[d2] = once()
+		tg.request(t, "oldest", d1)
+		time.Sleep(10500 * time.Millisecond) // it has failed, and so does the next
+		tg.request(t, "middle", d2)
+		synctest.Wait()
+		tg.request(t, "youngest", d1)
+		time.Sleep(time.Minute)
+		tg.isSuperseded(t, "middle", "youngest")
+		wants(t, tg.testNode, "youngest", "a:done")
+		wants(t, tg.testNode, "oldest", "a:done")
+		tg.wantsTag(t, d1)
+	})
+}
+
 // The older one waits for what becomes of the younger one.
 func TestOnlyAYoungerOneThatMovedTheTagSupersedes(t *testing.T) {
 	for name, c := range map[string]struct {
