@@ -111,12 +111,15 @@ func (f *Fanout) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	f.mu.Lock()
-	f.db, f.records, f.places = db, records, 0
+	places := 0
 	for _, r := range records {
-		f.places += len(r.start.Nodes)
-		r.name = f.o.Puller.Record(r.start.Request)
+		places += len(r.start.Nodes)
+		if err := f.name(r); err != nil {
+			f.o.Log.Error("a prefetch is pulled without regard to others of its tag", "id", r.id(), "image", r.start.Request.Image, "err", err)
+		}
 	}
+	f.mu.Lock()
+	f.db, f.records, f.places = db, records, places
 	f.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
 	var parts sync.WaitGroup
@@ -189,7 +192,7 @@ func (f *Fanout) step(ctx context.Context, now time.Time, pulls *sync.WaitGroup)
 				}
 			} else {
 				r.state.TimedOut = true
-				f.end(r, imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, outOfTime(r.start.Request, r.state.Reason), now)
+				f.end(r, imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, outOfTime(r.start.Request, r.reason()), now)
 				dirty = append(dirty, r)
 			}
 		}
@@ -334,7 +337,7 @@ func (f *Fanout) pulled(ctx, timed context.Context, r *record, digest string, er
 		return moved
 	case timed.Err() != nil:
 		r.state.TimedOut = true
-		f.end(r, imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, outOfTime(r.start.Request, ""), now)
+		f.end(r, imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, outOfTime(r.start.Request, r.failure), now)
 		return true
 	case r.tries >= triesFor(err):
 		f.end(r, imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, err.Error(), now)
@@ -344,7 +347,8 @@ func (f *Fanout) pulled(ctx, timed context.Context, r *record, digest string, er
 	r.tries++
 	f.o.Counter.Retried()
 	r.state.State = imagewolfv1.PrefetchState_PREFETCH_STATE_QUEUED
-	r.state.Reason = cut(fmt.Sprintf("tried again, after try %d failed: %v", r.tries, err))
+	r.failure = fmt.Sprintf("tried again, after try %d failed: %v", r.tries, err)
+	r.explain()
 	return moved
 }
 
@@ -370,6 +374,9 @@ func (f *Fanout) add(start *imagewolfv1.StartRequest, untold ...string) (r *reco
 	if r.canceled && r.state != nil {
 		r.end(imagewolfv1.PrefetchState_PREFETCH_STATE_CANCELED, "", now)
 	}
+	if err := f.name(r); err != nil {
+		return nil, false, status.Errorf(codes.Internal, "request %s: which image record it moves: %v", r.id(), err)
+	}
 	f.mu.Lock()
 	if f.db == nil {
 		f.mu.Unlock()
@@ -384,7 +391,6 @@ func (f *Fanout) add(start *imagewolfv1.StartRequest, untold ...string) (r *reco
 		f.mu.Unlock()
 		return nil, false, err
 	}
-	r.name = f.o.Puller.Record(r.start.Request)
 	f.records[r.id()] = r
 	f.places += len(start.Nodes)
 	f.mu.Unlock()
@@ -400,6 +406,12 @@ func (f *Fanout) add(start *imagewolfv1.StartRequest, untold ...string) (r *reco
 		poke(c)
 	}
 	return r, true, nil
+}
+
+// name asks which image record a request moves. f.mu must not be held, for what is
+// asked could panic, and the record known to nobody else.
+func (f *Fanout) name(r *record) error {
+	return f.o.Guard(func() error { r.name = f.o.Puller.Record(r.start.Request); return nil })
 }
 
 // makeRoom forgets the oldest requests that have ended, as many as there must be for

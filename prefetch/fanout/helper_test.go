@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -55,6 +56,8 @@ type testNode struct {
 
 	// Pull is what its pulls do; nil: a second each.
 	do func(ctx context.Context, r *imagewolfv1.PrefetchRequest, progress func(bytes, total int64)) (string, error)
+
+	broken atomic.Bool // Record panics
 
 	mu     sync.Mutex
 	gone   bool            // guarded by mu: no member
@@ -177,6 +180,9 @@ func (n *testNode) HasRepository(_ context.Context, _, image string) (bool, erro
 
 // Record implements Puller.
 func (n *testNode) Record(r *imagewolfv1.PrefetchRequest) string {
+	if n.broken.Load() {
+		panic("broken")
+	}
 	if strings.Contains(r.Image, "@") {
 		return ""
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"time"
 	"unique"
@@ -50,7 +51,9 @@ type record struct {
 
 	// Not kept over restarts.
 	waits   bool                    // for a node before it, as concurrency has it
-	behind  string                  // id of the request of the same image record that it waits for; "": none
+	ahead   string                  // says what node it waits for; "": none, or it is not known yet
+	behind  string                  // says what request of the same image record it waits for; "": none
+	failure string                  // says how the last try failed; "": none did
 	silent  time.Time               // since when none before it is known to pull; zero: one is
 	tries   int                     // that failed
 	after   time.Time               // when it may be tried again
@@ -106,6 +109,21 @@ func (r *record) finished() bool {
 func (r *record) end(s imagewolfv1.PrefetchState, reason string, now time.Time) {
 	r.state.State, r.state.Reason, r.state.Ended = s, cut(reason), now.UnixMilli()
 	r.changed = now
+}
+
+// explain sets why a request that waits does so, whatever of it has changed.
+// Fanout.mu must be held.
+func (r *record) explain() {
+	if r.state.State == imagewolfv1.PrefetchState_PREFETCH_STATE_QUEUED {
+		r.state.Reason = cut(r.reason())
+	}
+}
+
+// reason says what a request waits for, and what went wrong before. Fanout.mu must be
+// held.
+func (r *record) reason() string {
+	why := slices.DeleteFunc([]string{r.ahead, r.behind, r.failure}, func(s string) bool { return s == "" })
+	return strings.Join(why, "; ")
 }
 
 // told returns the record for another node. Fanout.mu must be held.

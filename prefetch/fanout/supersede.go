@@ -38,7 +38,7 @@ func (f *Fanout) supersede(now time.Time) (ended []*record) {
 		if v == nil || r.endPull != nil || r.state == nil || r.state.State != imagewolfv1.PrefetchState_PREFETCH_STATE_QUEUED {
 			continue
 		}
-		want, behind, why := r.start.Request.Digest, "", ""
+		want, behind := r.start.Request.Digest, ""
 		switch {
 		case want != "" && younger(v.moved, r) && v.moved.state.Digest != want:
 			f.o.Log.Info("a prefetch is superseded", "id", r.id(), "image", r.start.Request.Image, "digest", want, "by", v.moved.id())
@@ -47,15 +47,13 @@ func (f *Fanout) supersede(now time.Time) (ended []*record) {
 			ended = append(ended, r)
 			continue
 		case v.busy != nil:
-			behind, why = v.busy.id(), "waits for request %s, which is being pulled for the same tag"
+			behind = fmt.Sprintf("waits for request %s, which is being pulled for the same tag", v.busy.id())
 		case want != "" && younger(v.open, r) && v.open.start.Request.Digest != want:
-			behind, why = v.open.id(), "waits for request %s, which is younger and for the same tag"
+			behind = fmt.Sprintf("waits for request %s, which is younger and for the same tag", v.open.id())
 		}
-		if r.behind == behind {
-			continue
-		}
-		if r.behind, r.state.Reason = behind, ""; behind != "" {
-			r.state.Reason = fmt.Sprintf(why, behind)
+		if r.behind != behind {
+			r.behind = behind
+			r.explain()
 		}
 	}
 	return ended

@@ -8,6 +8,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc/codes"
+
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 )
 
@@ -271,6 +273,89 @@ func TestOtherNodesRequestSupersedesNothing(t *testing.T) {
 		wants(t, tg.testNode, "a", "a:done")
 		wants(t, tg.testNode, "b", "b:done")
 		tg.wantsTag(t, d1)
+	})
+}
+
+// What a node before this one answers comes a second late, and finds the request ended.
+func TestReasonOfTheEndStays(t *testing.T) {
+	for at := time.Duration(0); at < 9*time.Second; at += 300 * time.Millisecond {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			a, tg := w.add("a", map[string]string{"zone": "a"}), tagged(w.add("b", map[string]string{"zone": "b"}))
+			a.set(func() { a.deaf = true })
+			tg.before[d1] = takes(time.Hour)
+			prefetchOn(t, tg.testNode, &imagewolfv1.PrefetchRequest{Id: "older", Image: image, Digest: d1, Concurrency: 1})
+			time.Sleep(at)
+			prefetchOn(t, tg.testNode, &imagewolfv1.PrefetchRequest{Id: "younger", Image: image, Digest: d2, Nodes: &imagewolfv1.NodeSelection{Labels: "zone=b"}})
+			time.Sleep(10 * time.Second)
+			a.set(func() { a.deaf = false })
+			st := statusOn(t, tg.testNode, "older").Nodes[1]
+			if st.State == canceled && !strings.HasPrefix(st.Reason, "superseded: ") {
+				t.Errorf("the younger one came %s later: reason %q", at, st.Reason)
+			}
+			if tg.stop(); at == 0 && st.State != canceled {
+				t.Errorf("state %s", st.State)
+			}
+		})
+	}
+}
+
+// Whatever a request waited for at last, the registry's word is what helps.
+func TestOutOfTimeSaysWhatFailed(t *testing.T) {
+	for name, c := range map[string]struct {
+		cancel bool // the younger one, so that the older one is pulled again
+		want   []string
+	}{
+		"in a pull":      {true, []string{"try 1 failed: the registry is down"}},
+		"behind another": {false, []string{"waits for request younger", "try 1 failed: the registry is down"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				tg := tagged(newWorld(t).add("a", nil))
+				failsOnce := once()
+				tg.before[d1] = func(ctx context.Context) error {
+					if err := failsOnce(ctx); err != nil {
+						return err
+					}
+					return takes(time.Hour)(ctx)
+				}
+				tg.before[d2] = takes(time.Hour)
+				prefetchOn(t, tg.testNode, &imagewolfv1.PrefetchRequest{Id: "older", Image: image, Digest: d1, TimeoutSeconds: 20})
+				synctest.Wait()
+				tg.request(t, "younger", d2)
+				time.Sleep(5 * time.Second)
+				if c.cancel {
+					if _, err := tg.Node().CancelPrefetch(t.Context(), &imagewolfv1.CancelPrefetchRequest{Id: "younger"}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				time.Sleep(time.Minute)
+				st := wants(t, tg.testNode, "older", "a:failed").Nodes[0]
+				for _, want := range append(c.want, "not done within") {
+					if !strings.Contains(st.Reason, want) || !st.TimedOut {
+						t.Errorf("reason %q, want %q", st.Reason, want)
+					}
+				}
+			})
+		})
+	}
+}
+
+func TestPanicOverARecordsNameStopsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newWorld(t).add("a", nil)
+		prefetchOn(t, n, &imagewolfv1.PrefetchRequest{Id: "before", Image: image})
+		n.stop()
+		n.broken.Store(true)
+		n.start() // it goes on with what it knows
+		if _, err := n.Node().Prefetch(t.Context(), &imagewolfv1.PrefetchRequest{Id: "now", Image: image}); code(err) != codes.Internal {
+			t.Errorf("%v, want Internal", err)
+		}
+		n.broken.Store(false)
+		prefetchOn(t, n, &imagewolfv1.PrefetchRequest{Id: "then", Image: image})
+		time.Sleep(time.Minute)
+		wants(t, n, "before", "a:done")
+		wants(t, n, "then", "a:done")
 	})
 }
 

@@ -218,7 +218,8 @@ func (f *Fanout) followAll(ctx context.Context) {
 				return f.o.Guard(func() error {
 					if f.turn(ctx, r) {
 						f.mu.Lock()
-						r.waits, r.state.Reason = false, ""
+						r.waits, r.ahead = false, ""
+						r.explain()
 						f.mu.Unlock()
 						f.signal()
 					}
@@ -274,7 +275,8 @@ func (f *Fanout) turn(ctx context.Context, r *record) bool {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			r.silent = time.Time{}
-			r.state.Reason = "waits for " + name
+			r.ahead = "waits for " + name
+			r.explain()
 			return false
 		}
 		break
