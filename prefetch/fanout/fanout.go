@@ -289,6 +289,7 @@ func (f *Fanout) forget(r *record) {
 func (f *Fanout) pull(ctx context.Context, r *record) {
 	timed, cancel := context.WithDeadline(ctx, r.deadline())
 	defer cancel()
+	began := time.Now()
 	var digest string
 	err := f.o.Guard(func() (err error) {
 		digest, err = f.o.Puller.Pull(timed, r.start.Request, func(bytes, total int64) {
@@ -301,7 +302,7 @@ func (f *Fanout) pull(ctx context.Context, r *record) {
 		return err
 	})
 	log := f.o.Log.With("id", r.id(), "image", r.start.Request.Image)
-	if f.pulled(ctx, timed, r, digest, err) {
+	if f.pulled(ctx, timed, r, began, digest, err) {
 		if err := f.save(r); err != nil {
 			log.Warn("the state of a prefetch is not kept over a restart", "err", err)
 		}
@@ -315,8 +316,8 @@ func (f *Fanout) pull(ctx context.Context, r *record) {
 	f.signal()
 }
 
-// pulled notes how a pull ended, and says whether that is to be kept.
-func (f *Fanout) pulled(ctx, timed context.Context, r *record, digest string, err error) bool {
+// pulled notes how a pull that began then ended, and says whether that is to be kept.
+func (f *Fanout) pulled(ctx, timed context.Context, r *record, began time.Time, digest string, err error) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.pulling--
@@ -325,6 +326,9 @@ func (f *Fanout) pulled(ctx, timed context.Context, r *record, digest string, er
 	moved := digest != "" // which others of the same tag are to know, whatever became of the pull
 	if moved {
 		r.state.Digest = digest
+		if r.start.Request.Digest == "" {
+			r.asked = began.UnixMilli()
+		}
 	}
 	switch {
 	case ended(r.state.State): // canceled meanwhile

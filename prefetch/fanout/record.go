@@ -48,6 +48,7 @@ type record struct {
 	canceled bool
 	untold   map[string]bool // nodes that this one is still to tell of the request or of its end
 	changed  time.Time       // when it last was ended or told; for how long it is kept
+	asked    int64           // when the pull that last moved the image record to what the tag said began, in milliseconds since 1970; 0: none did
 
 	// Not kept over restarts.
 	waits   bool                    // for a node before it, as concurrency has it
@@ -168,6 +169,7 @@ type stored struct {
 	Changed  int64    `json:"changed"`
 	Canceled bool     `json:"canceled,omitempty"`
 	Untold   []string `json:"untold,omitempty"`
+	Asked    int64    `json:"asked,omitempty"`
 }
 
 // encode returns what is kept of a record. Fanout.mu must be held.
@@ -176,7 +178,7 @@ func (r *record) encode() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := stored{Start: start, Born: r.born.UnixMilli(), Changed: r.changed.UnixMilli(), Canceled: r.canceled}
+	s := stored{Start: start, Born: r.born.UnixMilli(), Changed: r.changed.UnixMilli(), Canceled: r.canceled, Asked: r.asked}
 	if r.state != nil {
 		if s.State, err = proto.Marshal(r.state); err != nil {
 			return nil, err
@@ -202,7 +204,7 @@ func decode(value []byte, self string) (*record, error) {
 		return nil, err
 	}
 	r := newRecord(start, time.UnixMilli(s.Born), self)
-	r.canceled, r.changed = s.Canceled, time.UnixMilli(s.Changed)
+	r.canceled, r.changed, r.asked = s.Canceled, time.UnixMilli(s.Changed), s.Asked
 	for _, n := range s.Untold {
 		r.untold[n] = true
 	}

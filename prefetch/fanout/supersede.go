@@ -21,15 +21,20 @@ type rivals struct {
 	busy  *record // that is being pulled
 }
 
-// younger says whether a is younger than b. All nodes say the same of two requests.
+// younger says whether a is younger than b. All nodes say the same of two requests that
+// name digests; one that wants what the tag says is as young as its answer. Fanout.mu must
+// be held.
 func younger(a, b *record) bool {
-	return a != nil && (b == nil || cmp.Or(cmp.Compare(a.made, b.made), cmp.Compare(a.id(), b.id())) > 0)
+	return a != nil && (b == nil || cmp.Or(cmp.Compare(a.asOf(), b.asOf()), cmp.Compare(a.id(), b.id())) > 0)
 }
+
+// asOf is since when a request's digest is wanted, in milliseconds since 1970.
+func (r *record) asOf() int64 { return max(r.made, r.asked) }
 
 // supersede sees to it that an image record is not moved back. Of one record's
 // requests only one is pulled at a time. One that names a digest waits for a
 // younger one that wants another, and ends when such a one has moved the record.
-// One that wants what the tag says is as new as the moment that it begins. It
+// One that wants what the tag says is as new as the moment that its pull begins. It
 // returns those that it has ended. f.mu must be held.
 func (f *Fanout) supersede(now time.Time) (ended []*record) {
 	of := f.rivals()

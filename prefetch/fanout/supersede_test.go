@@ -157,6 +157,50 @@ func TestPullsOfOneTagFollowEachOther(t *testing.T) {
 	})
 }
 
+// What the tag says is as new as the moment it is asked, which after a retry is late.
+func TestTagThatWasAskedLateIsNotMovedBack(t *testing.T) {
+	for name, between := range map[string]func(*tags){
+		"":                   func(*tags) {},
+		"also over restarts": func(tg *tags) { tg.stop(); tg.start() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				tg := tagged(newWorld(t).add("a", nil))
+				tg.before[""] = once()
+				do := tg.do
+				tg.do = func(ctx context.Context, r *imagewolfv1.PrefetchRequest, p func(bytes, total int64)) (string, error) {
+					d, err := do(ctx, r, p)
+					if r.Digest == "" && err == nil {
+						d = d2
+						tg.set(func() { tg.at[" "+image] = d2 })
+					}
+					return d, err
+				}
+				tg.request(t, "tag", "") // fails, and asks again after two seconds
+				time.Sleep(time.Minute)
+				wants(t, tg.testNode, "tag", "a:done")
+				between(tg)
+				told := func(id string, age time.Duration) {
+					t.Helper()
+					if _, err := tg.Prefetcher().Start(t.Context(), &imagewolfv1.StartRequest{
+						Request: &imagewolfv1.PrefetchRequest{Id: id, Image: image, Digest: d1}, Nodes: []string{"a"}, Coordinator: "b",
+						Created: time.Now().Add(-age).UnixMilli(), Age: age.Milliseconds(),
+					}); err != nil {
+						t.Fatal(err)
+					}
+					time.Sleep(10 * time.Second)
+				}
+				told("before", 59*time.Second) // of between the first try and the second
+				tg.wantsTag(t, d2)
+				tg.isSuperseded(t, "before", "tag")
+				told("after", 60*time.Second)
+				tg.wantsTag(t, d1)
+				wants(t, tg.testNode, "after", "a:done")
+			})
+		})
+	}
+}
+
 // Of three the youngest wants what the oldest wants, and so ends only the one between.
 func TestNoneWaitsForOneThatIsSuperseded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
