@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/imagewolf/imagewolf/api/nodeapi"
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/notifier/event"
@@ -221,7 +222,7 @@ func TestAnImageIsPrefetchedByName(t *testing.T) {
 }
 
 func TestStates(t *testing.T) {
-	const q, p, d, f, x, u = 1, 2, 3, 4, 5, 6
+	const q, p, d, f, x, u, s = 1, 2, 3, 4, 5, 6, 7 // s: canceled, for a younger one
 	for _, c := range []struct {
 		states []imagewolfv1.PrefetchState
 		want   string
@@ -231,16 +232,24 @@ func TestStates(t *testing.T) {
 		{[]imagewolfv1.PrefetchState{d, f}, "failed"},
 		{[]imagewolfv1.PrefetchState{f, d}, "failed"},
 		{[]imagewolfv1.PrefetchState{d, x}, "failed"},
+		{[]imagewolfv1.PrefetchState{s, d}, "superseded"},
+		{[]imagewolfv1.PrefetchState{f, s}, "failed"},
+		{[]imagewolfv1.PrefetchState{s, x}, "failed"},
+		{[]imagewolfv1.PrefetchState{s, q}, "running"},
 		{[]imagewolfv1.PrefetchState{f, q}, "running"},
 		{[]imagewolfv1.PrefetchState{d, p}, "running"},
 		{[]imagewolfv1.PrefetchState{d, u}, "running"},
 		{[]imagewolfv1.PrefetchState{d, 0}, "running"},
 	} {
-		s := &imagewolfv1.PrefetchStatus{}
+		all := &imagewolfv1.PrefetchStatus{}
 		for _, st := range c.states {
-			s.Nodes = append(s.Nodes, &imagewolfv1.NodePrefetch{State: st})
+			n := &imagewolfv1.NodePrefetch{State: st}
+			if st == s {
+				n.State, n.Reason = x, nodeapi.SupersededReason+"request y, …"
+			}
+			all.Nodes = append(all.Nodes, n)
 		}
-		if got := state(s); got != c.want {
+		if got := state(all); got != c.want {
 			t.Errorf("%v: %s, should be %s", c.states, got, c.want)
 		}
 	}

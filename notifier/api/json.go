@@ -14,6 +14,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/imagewolf/imagewolf/api/nodeapi"
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/notifier/event"
@@ -136,10 +137,11 @@ func least[T uint32 | int64](a, b T) T {
 
 // What a prefetch is at, over all nodes.
 const (
-	running = "running"  // nodes have something left to do
-	done    = "done"     // every node has the image
-	failed  = "failed"   // some node has not, and will not
-	noNodes = "no_nodes" // none is selected
+	running    = "running"    // nodes have something left to do
+	done       = "done"       // every node has the image
+	failed     = "failed"     // some node has not, and will not
+	superseded = "superseded" // every node has the image, or what a younger request pulled for the tag
+	noNodes    = "no_nodes"   // none is selected
 )
 
 func state(s *imagewolfv1.PrefetchStatus) string {
@@ -148,7 +150,11 @@ func state(s *imagewolfv1.PrefetchStatus) string {
 		switch n.GetState() {
 		case imagewolfv1.PrefetchState_PREFETCH_STATE_DONE:
 		case imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, imagewolfv1.PrefetchState_PREFETCH_STATE_CANCELED:
-			all = failed
+			if !nodeapi.Superseded(n) {
+				all = failed
+			} else if all == done {
+				all = superseded
+			}
 		default:
 			return running
 		}

@@ -24,8 +24,9 @@ import (
 
 // Exit statuses of 'imagewolf prefetch', beside 0 and 1.
 const (
-	exitUsage   = 2   // the node refuses the request as it is
-	exitTimeout = 124 // time was up before all had ended; what timeout(1) returns
+	exitUsage      = 2   // the node refuses the request as it is
+	exitSuperseded = 3   // all are done, but for those where a younger request pulled the tag
+	exitTimeout    = 124 // time was up before all had ended; what timeout(1) returns
 )
 
 // connectWait is how long a node is tried to be reached.
@@ -68,8 +69,8 @@ func prefetchCommand() *cli.Command {
 		Name: "prefetch", Usage: "have nodes pull an image before anyone asks for it",
 		ArgsUsage: "IMAGE",
 		Description: "Prints the request's id, or with --wait a line for each node as it changes.\n" +
-			"Exit status: 0 all done (or, without --wait, accepted), 1 some node failed or none was selected,\n" +
-			"2 the request is refused as it is, 124 time was up.",
+			"Exit status: 0 all done (or, without --wait, accepted), 1 some node failed or was canceled, or none was selected,\n" +
+			"2 the request is refused as it is, 3 a younger request pulled the tag (not to be repeated), 124 time was up.",
 		Flags: append(nodeFlags(),
 			&cli.StringFlag{Name: "nodes", Usage: "label `SELECTOR` of the nodes, such as 'zone=a,gpu!=none'; all nodes without one"},
 			&cli.UintFlag{Name: "count", Usage: "at most `N` of these nodes"},
@@ -301,27 +302,45 @@ func follow(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient, st *i
 
 // outcome is what a request's end means for the exit status.
 func outcome(st *imagewolfv1.PrefetchStatus) error {
-	var failed, open []string
+	var failed, canceled, superseded, open []string
 	late := false
 	for _, n := range st.Nodes {
-		switch n.State {
-		case imagewolfv1.PrefetchState_PREFETCH_STATE_DONE:
-		case imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, imagewolfv1.PrefetchState_PREFETCH_STATE_CANCELED:
+		switch {
+		case n.State == imagewolfv1.PrefetchState_PREFETCH_STATE_DONE:
+		case nodeapi.Superseded(n):
+			superseded = append(superseded, n.Node)
+		case n.State == imagewolfv1.PrefetchState_PREFETCH_STATE_CANCELED:
+			canceled = append(canceled, n.Node)
+		case n.State == imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED:
 			failed = append(failed, n.Node)
 			late = late || n.TimedOut
 		default:
 			open = append(open, n.Node)
 		}
 	}
-	switch {
-	case len(open) > 0:
-		return &exitError{exitTimeout, fmt.Errorf("time is up, and %d of %d nodes have not ended: %s", len(open), len(st.Nodes), few(open))}
-	case late:
-		return &exitError{exitTimeout, fmt.Errorf("time was up before %d of %d nodes were done: %s", len(failed), len(st.Nodes), few(failed))}
-	case len(failed) > 0:
-		return fmt.Errorf("%d of %d nodes failed: %s", len(failed), len(st.Nodes), few(failed))
+	exit, parts := 1, []string(nil)
+	say := func(format string, nodes []string) {
+		if len(nodes) > 0 {
+			parts = append(parts, fmt.Sprintf(format, len(nodes), len(st.Nodes), few(nodes)))
+		}
 	}
-	return nil
+	say("time is up, and %d of %d nodes have not ended: %s", open)
+	if late {
+		say("time was up before %d of %d nodes were done: %s", failed)
+	} else {
+		say("%d of %d nodes failed: %s", failed)
+	}
+	say("canceled on %d of %d nodes: %s", canceled)
+	say("superseded on %d of %d nodes: %s: a younger request pulled the tag, and this one again would move it back", superseded)
+	switch {
+	case len(parts) == 0:
+		return nil
+	case len(open) > 0 || late:
+		exit = exitTimeout
+	case len(failed)+len(canceled) == 0:
+		exit = exitSuperseded
+	}
+	return &exitError{exit, errors.New(strings.Join(parts, "; "))}
 }
 
 // few names the first of many.
