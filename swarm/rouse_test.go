@@ -16,7 +16,7 @@ func TestLostWakeUp(t *testing.T) {
 	e := attack(t, p, s)
 	e.send(pp.Message{Type: pp.HaveNone})
 	eventually(t, "connected", func() bool { return len(s.t.PeerConns()) == 1 })
-	time.Sleep(2 * keepAlive) // the writer does not look by itself any more
+	atRest(t)
 	loseWakeUp(b, s)
 	e.send(pp.Message{Type: pp.Unchoke}, pp.Message{Type: pp.Have, Index: 3})
 	d := pp.Decoder{R: e.r, MaxLength: 1 << 20}
@@ -29,6 +29,14 @@ func TestLostWakeUp(t *testing.T) {
 			return
 		}
 	}
+}
+
+// atRest waits until the writer of a connection that is of no use yet looks by itself
+// no more, and whatever the client itself wakes it for is over.
+func atRest(t *testing.T) {
+	t.Helper()
+	began := time.Now()
+	eventually(t, "at rest", func() bool { return time.Since(began) >= 2*keepAlive })
 }
 
 // loseWakeUp leaves the one connection of a segment as it is when it was noted that
@@ -56,7 +64,7 @@ func TestIdleHolderRouses(t *testing.T) {
 	e.send(pp.Message{Type: pp.HaveNone})
 	eventually(t, "connected", func() bool { return len(s.t.PeerConns()) == 1 })
 	woken := writerOf(s.t.PeerConns()[0]).Signaled()
-	time.Sleep(2 * keepAlive) // whatever the client itself wakes it for is over
+	atRest(t)
 	for range 3 {
 		select {
 		case <-woken:
