@@ -225,7 +225,7 @@ func prefetchSuperseded(ctx context.Context, t *testing.T, c *harness.Cluster) {
 	registry.Behave(harness.Behavior{})
 	awaitStates(ctx, t, c.Nodes[3], first, "canceled canceled")
 	for _, n := range prefetchStatus(ctx, t, c.Nodes[3], first).Nodes {
-		if !strings.HasPrefix(n.Reason, "superseded: ") {
+		if !n.Superseded {
 			t.Errorf("%s says %q", n.Node, n.Reason)
 		}
 	}

@@ -27,13 +27,18 @@ func (b *Blob) took(gap time.Duration, now time.Time) {
 	}
 }
 
-// lateness is after how long a peer is late: twice what others took lately. acct
-// must be held.
-func (b *Blob) lateness(now time.Time) time.Duration {
-	if now.Sub(b.gapAt) > gapFor {
-		return late
+// lateness is after how long without a byte a peer that was asked for some of a
+// segment is late: twice what others took lately, and as long as can be while the
+// segment gets bytes from others. acct must be held.
+func (b *Blob) lateness(s *segment, now time.Time) time.Duration {
+	d := late
+	if now.Sub(b.gapAt) <= gapFor {
+		d = min(max(late, 2*b.gap), maxLate)
 	}
-	return min(max(late, 2*b.gap), maxLate)
+	if now.Sub(s.moved) < d {
+		return maxLate
+	}
+	return d
 }
 
 // asked is called with the client locked, for every request that is sent.
@@ -87,10 +92,7 @@ func (b *Blob) Owed(peer string) time.Time {
 // segment stands still. b.mu must be held.
 func (b *Blob) dismiss(s *segment, now time.Time) {
 	b.acct.Lock()
-	patience := b.lateness(now)
-	if now.Sub(s.moved) < patience {
-		patience = maxLate // the others bring something meanwhile
-	}
+	patience := b.lateness(s, now)
 	b.acct.Unlock()
 	var silent []string
 	able := false

@@ -49,30 +49,55 @@ func TestSilentPeer(t *testing.T) {
 	eventually(t, "nothing owed", func() bool { return to.Owed(good.addr).IsZero() })
 }
 
-// Where all peers take long, none is late so soon; and not much later, whatever one
-// of them does.
+// Where all peers take long, none is late so soon; nor where a segment gets bytes from
+// others; and not much later, whatever one of them does.
 func TestLateness(t *testing.T) {
 	now := time.Now()
-	at := func(d time.Duration) time.Time { return now.Add(d) }
-	b := &Blob{}
-	if got := b.lateness(now); got != late {
+	for name, c := range map[string]struct {
+		gap        time.Duration // of an honest peer
+		ago, moved time.Duration // since it took that long, since the segment got a byte
+		want       time.Duration
+	}{
+		"quick peers":                   {time.Second, 0, time.Minute, late},
+		"slow peers":                    {4 * time.Second, gapFor, time.Minute, 8 * time.Second},
+		"slow peers, long ago":          {4 * time.Second, gapFor + 1, time.Minute, late},
+		"a very slow peer":              {time.Minute, 0, time.Hour, maxLate},
+		"quick peers, and bytes come":   {time.Second, 0, late - 1, maxLate},
+		"slow peers, and bytes come":    {4 * time.Second, 0, 8*time.Second - 1, maxLate},
+		"slow peers, and none come now": {4 * time.Second, 0, 8 * time.Second, 8 * time.Second},
+	} {
+		b := &Blob{}
+		b.took(c.gap, now.Add(-c.ago))
+		b.took(time.Millisecond, now) // it does not make the other one forgotten
+		if c.ago > gapFor {
+			b.gapAt = now.Add(-c.ago)
+		}
+		if got := b.lateness(&segment{moved: now.Add(-c.moved)}, now); got != c.want {
+			t.Errorf("%s: %v, should be %v", name, got, c.want)
+		}
+	}
+	if got := new(Blob).lateness(&segment{}, now); got != late {
 		t.Errorf("before anybody has sent anything: %v", got)
 	}
-	b.took(time.Second, at(0))
-	if got := b.lateness(at(0)); got != late {
-		t.Errorf("with quick peers: %v", got)
+}
+
+// Who has sent no good piece yet says nothing about how long peers take: it may be
+// one that holds up the others.
+func TestOnlyProvenPeersMakeLateness(t *testing.T) {
+	b := newBlob(&Swarm{opts: Options{Counter: noCounter{}}}, digest.FromString("x"), 2*minSegment, newMemory(2*minSegment))
+	s := &segment{blob: b, senders: map[int]map[string]struct{}{}}
+	for _, c := range []struct {
+		peer string
+		good int
+		want time.Duration // about
+	}{{"new", 0, 0}, {"proven", 1, 5 * time.Second}} {
+		*b.account(c.peer) = account{owed: 1, since: time.Now().Add(-5 * time.Second), good: c.good}
+		s.received(c.peer, 0, 1)
+		if b.gap.Round(time.Second) != c.want {
+			t.Errorf("%s: %v", c.peer, b.gap)
+		}
 	}
-	b.took(4*time.Second, at(0))
-	b.took(time.Millisecond, at(gapFor))
-	if got := b.lateness(at(gapFor)); got != 8*time.Second {
-		t.Errorf("with slow peers: %v", got)
-	}
-	if got := b.lateness(at(gapFor + 1)); got != late {
-		t.Errorf("long after: %v", got)
-	}
-	b.took(time.Millisecond, at(gapFor+1))
-	b.took(time.Minute, at(gapFor+2))
-	if got := b.lateness(at(gapFor + 2)); got != maxLate {
-		t.Errorf("with a very slow peer: %v", got)
+	if err := b.Close(); err != nil {
+		t.Error(err)
 	}
 }

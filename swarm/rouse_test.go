@@ -32,7 +32,8 @@ func TestLostWakeUp(t *testing.T) {
 }
 
 // atRest waits until the writer of a connection that is of no use yet looks by itself
-// no more, and whatever the client itself wakes it for is over.
+// no more, and whatever the client itself wakes it for is over. The client has no event
+// for that: it is its timer that is waited for.
 func atRest(t *testing.T) {
 	t.Helper()
 	began := time.Now()

@@ -283,6 +283,7 @@ type NodePrefetch struct {
 	Digest        string                 `protobuf:"bytes,6,opt,name=digest,proto3" json:"digest,omitempty"`                      // that was pulled
 	Ended         int64                  `protobuf:"varint,7,opt,name=ended,proto3" json:"ended,omitempty"`                       // milliseconds since 1970; 0: it has not
 	TimedOut      bool                   `protobuf:"varint,8,opt,name=timed_out,json=timedOut,proto3" json:"timed_out,omitempty"` // FAILED because the request's time was up
+	Superseded    bool                   `protobuf:"varint,9,opt,name=superseded,proto3" json:"superseded,omitempty"`             // CANCELED because a younger request pulled another digest for the tag
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -369,6 +370,13 @@ func (x *NodePrefetch) GetEnded() int64 {
 func (x *NodePrefetch) GetTimedOut() bool {
 	if x != nil {
 		return x.TimedOut
+	}
+	return false
+}
+
+func (x *NodePrefetch) GetSuperseded() bool {
+	if x != nil {
+		return x.Superseded
 	}
 	return false
 }
@@ -922,7 +930,7 @@ const file_api_v1_node_proto_rawDesc = "" +
 	"\x06labels\x18\x01 \x01(\tR\x06labels\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\rR\x05count\x12\x18\n" +
 	"\apercent\x18\x03 \x01(\rR\apercent\x12-\n" +
-	"\x12running_repository\x18\x04 \x01(\bR\x11runningRepository\"\xe4\x01\n" +
+	"\x12running_repository\x18\x04 \x01(\bR\x11runningRepository\"\x84\x02\n" +
 	"\fNodePrefetch\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x121\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x1b.imagewolf.v1.PrefetchStateR\x05state\x12\x14\n" +
@@ -931,7 +939,10 @@ const file_api_v1_node_proto_rawDesc = "" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x16\n" +
 	"\x06digest\x18\x06 \x01(\tR\x06digest\x12\x14\n" +
 	"\x05ended\x18\a \x01(\x03R\x05ended\x12\x1b\n" +
-	"\ttimed_out\x18\b \x01(\bR\btimedOut\"\xb1\x01\n" +
+	"\ttimed_out\x18\b \x01(\bR\btimedOut\x12\x1e\n" +
+	"\n" +
+	"superseded\x18\t \x01(\bR\n" +
+	"superseded\"\xb1\x01\n" +
 	"\x0ePrefetchStatus\x127\n" +
 	"\arequest\x18\x01 \x01(\v2\x1d.imagewolf.v1.PrefetchRequestR\arequest\x12\x18\n" +
 	"\acreated\x18\x02 \x01(\x03R\acreated\x120\n" +

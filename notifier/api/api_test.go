@@ -26,7 +26,6 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/imagewolf/imagewolf/api/nodeapi"
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/notifier/event"
@@ -245,7 +244,7 @@ func TestStates(t *testing.T) {
 		for _, st := range c.states {
 			n := &imagewolfv1.NodePrefetch{State: st}
 			if st == s {
-				n.State, n.Reason = x, nodeapi.SupersededReason+"request y, …"
+				n.State, n.Superseded = x, true
 			}
 			all.Nodes = append(all.Nodes, n)
 		}

@@ -14,7 +14,6 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
-	"github.com/imagewolf/imagewolf/api/nodeapi"
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/notifier/event"
@@ -150,7 +149,7 @@ func state(s *imagewolfv1.PrefetchStatus) string {
 		switch n.GetState() {
 		case imagewolfv1.PrefetchState_PREFETCH_STATE_DONE:
 		case imagewolfv1.PrefetchState_PREFETCH_STATE_FAILED, imagewolfv1.PrefetchState_PREFETCH_STATE_CANCELED:
-			if !nodeapi.Superseded(n) {
+			if !n.GetSuperseded() {
 				all = failed
 			} else if all == done {
 				all = superseded

@@ -35,14 +35,7 @@ func settings(t *testing.T) config.NotifierQueue {
 
 func open(t *testing.T, c config.NotifierQueue) *Queue {
 	t.Helper()
-	q, err := Open(c, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		q.check(t)
-		q.Close()
-	})
+	q, _ := openLogged(t, c)
 	return q
 }
 
@@ -60,6 +53,23 @@ func (q *Queue) check(t *testing.T) {
 	if err != nil && !errors.Is(err, bolterrors.ErrDatabaseNotOpen) {
 		t.Error(err)
 	}
+}
+
+// openLogged is open, with what the queue logs.
+func openLogged(t *testing.T, c config.NotifierQueue) (*Queue, *bytes.Buffer) {
+	t.Helper()
+	var log bytes.Buffer
+	q, err := Open(c, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		q.check(t)
+		if err := q.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return q, &log
 }
 
 func push(name string) event.Event {
@@ -181,13 +191,7 @@ func TestFailedWorkIsTriedAgainLaterAndGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := settings(t)
 		c.RetryFor = config.Duration(20 * time.Minute)
-		var log bytes.Buffer
-		q, err := Open(c, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer q.Close()
-		defer q.check(t)
+		q, log := openLogged(t, c)
 		put(t, q, push("bad"), push("good"))
 		start := time.Now()
 		var tries []time.Duration
@@ -223,7 +227,7 @@ func TestFailedWorkIsTriedAgainLaterAndGivenUp(t *testing.T) {
 			t.Errorf("%+v", st)
 		}
 		if !strings.Contains(log.String(), "an event is given up") || !strings.Contains(log.String(), "r.example/bad:1@") {
-			t.Errorf("log: %s", &log)
+			t.Errorf("log: %s", log)
 		}
 	})
 }
@@ -234,13 +238,7 @@ func TestWorkThatPanicsIsTriedAgainAndGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := settings(t)
 		c.RetryFor = config.Duration(2 * time.Second)
-		var log bytes.Buffer
-		q, err := Open(c, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer q.Close()
-		defer q.check(t)
+		q, log := openLogged(t, c)
 		put(t, q, push("bad"), push("good"))
 		tries := 0
 		ctx, cancel := context.WithCancel(t.Context())
@@ -264,7 +262,7 @@ func TestWorkThatPanicsIsTriedAgainAndGivenUp(t *testing.T) {
 		}
 		for _, want := range []string{"level=ERROR", "a signature of no length", "queue_test.go", "r.example/bad:1@", "an event is given up"} {
 			if !strings.Contains(log.String(), want) {
-				t.Errorf("no %q in the log: %s", want, &log)
+				t.Errorf("no %q in the log: %s", want, log)
 			}
 		}
 	})

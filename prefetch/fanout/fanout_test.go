@@ -639,6 +639,10 @@ func TestLyingMemberIsPutRight(t *testing.T) {
 	if s.Node != "b" || s.Bytes != 0 || len(s.Reason) > maxReason {
 		t.Errorf("%v", s)
 	}
+	answer.States[1].Superseded = true
+	if s := stateIn(answer, "b", "x"); s.Superseded {
+		t.Errorf("done, and superseded: %v", s)
+	}
 	answer.States[1].State = 77
 	if s := stateIn(answer, "b", "x"); s != nil {
 		t.Errorf("%v", s)

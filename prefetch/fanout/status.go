@@ -127,6 +127,7 @@ func stateFrom(s *imagewolfv1.NodePrefetch, node string) *imagewolfv1.NodePrefet
 	return &imagewolfv1.NodePrefetch{
 		Node: node, State: s.State, Bytes: max(0, s.Bytes), Total: max(0, s.Total),
 		Reason: cut(strings.ToValidUTF8(s.Reason, "?")), Digest: cut(s.Digest), Ended: max(0, s.Ended), TimedOut: s.TimedOut,
+		Superseded: s.Superseded && s.State == imagewolfv1.PrefetchState_PREFETCH_STATE_CANCELED,
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/imagewolf/imagewolf/api/nodeapi"
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 )
 
@@ -48,8 +47,9 @@ func (f *Fanout) supersede(now time.Time) (ended []*record) {
 		switch {
 		case want != "" && younger(v.moved, r) && v.moved.state.Digest != want:
 			f.o.Log.Info("a prefetch is superseded", "id", r.id(), "image", r.start.Request.Image, "digest", want, "by", v.moved.id())
+			r.state.Superseded = true
 			f.endAs("superseded", r, imagewolfv1.PrefetchState_PREFETCH_STATE_CANCELED, fmt.Sprintf(
-				nodeapi.SupersededReason+"request %s, which is younger, has pulled %s for the same tag", v.moved.id(), v.moved.state.Digest), now)
+				"superseded: request %s, which is younger, has pulled %s for the same tag", v.moved.id(), v.moved.state.Digest), now)
 			ended = append(ended, r)
 			continue
 		case v.busy != nil:

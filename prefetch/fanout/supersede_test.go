@@ -84,11 +84,18 @@ func (tg *tags) wantsTag(t *testing.T, d string) {
 	}
 }
 
+// cancelOn cancels a request, and fails the test if that is refused.
+func (tg *tags) cancelOn(t *testing.T, id string) {
+	if _, err := tg.Node().CancelPrefetch(context.Background(), &imagewolfv1.CancelPrefetchRequest{Id: id}); err != nil {
+		t.Error(err)
+	}
+}
+
 // isSuperseded fails the test unless a has ended in favor of b.
 func (tg *tags) isSuperseded(t *testing.T, a, b string) {
 	t.Helper()
 	st := wants(t, tg.testNode, a, "a:canceled")
-	if r := st.Nodes[0].Reason; !strings.HasPrefix(r, "superseded: request "+b+",") || st.Canceled || tg.count("superseded") != 1 || tg.count("canceled") != 0 {
+	if r := st.Nodes[0].Reason; !st.Nodes[0].Superseded || !strings.HasPrefix(r, "superseded: request "+b+",") || st.Canceled || tg.count("superseded") != 1 || tg.count("canceled") != 0 {
 		t.Errorf("reason %q, canceled %t, counted %d as superseded", r, st.Canceled, tg.count("superseded"))
 	}
 }
@@ -232,22 +239,14 @@ func TestOnlyAYoungerOneThatMovedTheTagSupersedes(t *testing.T) {
 		}, "a:done"},
 		"that was canceled": {func(t *testing.T, tg *tags) {
 			tg.before[d2] = takes(time.Hour)
-			time.AfterFunc(5*time.Second, func() {
-				if _, err := tg.Node().CancelPrefetch(context.Background(), &imagewolfv1.CancelPrefetchRequest{Id: "younger"}); err != nil {
-					t.Error(err)
-				}
-			})
+			time.AfterFunc(5*time.Second, func() { tg.cancelOn(t, "younger") })
 		}, "a:done"},
 		"that failed after it moved the tag": {func(_ *testing.T, tg *tags) {
 			tg.after[d2] = func(context.Context) error { return errors.New("no referrers") }
 		}, "a:canceled"},
 		"that was canceled after it moved the tag": {func(t *testing.T, tg *tags) {
 			tg.after[d2] = takes(time.Hour)
-			time.AfterFunc(5*time.Second, func() {
-				if _, err := tg.Node().CancelPrefetch(context.Background(), &imagewolfv1.CancelPrefetchRequest{Id: "younger"}); err != nil {
-					t.Error(err)
-				}
-			})
+			time.AfterFunc(5*time.Second, func() { tg.cancelOn(t, "younger") })
 		}, "a:canceled"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -334,7 +333,7 @@ func TestReasonOfTheEndStays(t *testing.T) {
 			time.Sleep(10 * time.Second)
 			a.set(func() { a.deaf = false })
 			st := statusOn(t, tg.testNode, "older").Nodes[1]
-			if st.State == canceled && !strings.HasPrefix(st.Reason, "superseded: ") {
+			if st.State == canceled && !st.Superseded {
 				t.Errorf("the younger one came %s later: reason %q", at, st.Reason)
 			}
 			if tg.stop(); at == 0 && st.State != canceled {

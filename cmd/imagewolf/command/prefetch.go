@@ -307,7 +307,7 @@ func outcome(st *imagewolfv1.PrefetchStatus) error {
 	for _, n := range st.Nodes {
 		switch {
 		case n.State == imagewolfv1.PrefetchState_PREFETCH_STATE_DONE:
-		case nodeapi.Superseded(n):
+		case n.Superseded:
 			superseded = append(superseded, n.Node)
 		case n.State == imagewolfv1.PrefetchState_PREFETCH_STATE_CANCELED:
 			canceled = append(canceled, n.Node)

@@ -140,7 +140,8 @@ func TestPrefetchAsksForWhatTheFlagsSay(t *testing.T) {
 func TestPrefetchEnds(t *testing.T) {
 	late := part("n2", failed, "time is up")
 	late.TimedOut = true
-	const superseded = "superseded: request x, which is younger, has pulled sha256:1 for the same tag"
+	superseded := part("n2", canceled, "superseded: request x, which is younger, has pulled sha256:1 for the same tag")
+	superseded.Superseded = true
 	for name, c := range map[string]struct {
 		api    *fakeAPI
 		args   []string
@@ -150,10 +151,10 @@ func TestPrefetchEnds(t *testing.T) {
 	}{
 		"done":       {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", pulling, "")}, {part("n1", done, "")}}, breaks: 2}, nil, 0, "n1  pulling  1MiB/2MiB\nn1  done  1MiB/2MiB\n", ""},
 		"one failed": {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", done, ""), part("n2", failed, "no\nspace \x1b[2J")}}}, nil, 1, "n1  done  1MiB/2MiB\nn2  failed  1MiB/2MiB  no space  [2J\n", "1 of 2 nodes failed: n2"},
-		"superseded": {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", done, ""), part("n2", canceled, superseded)}}}, nil, 3, "",
+		"superseded": {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", done, ""), superseded}}}, nil, 3, "",
 			"superseded on 1 of 2 nodes: n2: a younger request pulled the tag"},
 		"canceled": {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", done, ""), part("n2", canceled, "")}}}, nil, 1, "", "canceled on 1 of 2 nodes: n2"},
-		"one failed, one superseded": {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", failed, ""), part("n2", canceled, superseded)}}}, nil, 1, "",
+		"one failed, one superseded": {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", failed, ""), superseded}}}, nil, 1, "",
 			"1 of 2 nodes failed: n1; superseded on 1 of 2 nodes: n2"},
 		"time is up":  {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", done, ""), late}}}, nil, 124, "", "time was up"},
 		"unreachable": {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", unreachable, "")}}}, nil, 124, "", "have not ended: n1"},
