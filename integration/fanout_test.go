@@ -205,8 +205,26 @@ func prefetchSuperseded(ctx context.Context, t *testing.T, c *harness.Cluster) {
 	older := image(ctx, t, 1)
 	d1 := digestOf(older.Ref)
 	registry.Behave(harness.Behavior{Status: http.StatusInternalServerError, Digest: older.Layer(0)})
-	first, _, _ := wolf(ctx, t, c.Nodes[3], "prefetch", older.Ref, "--digest", d1, "--nodes", "zone=a")
-	first = strings.TrimSpace(first)
+	type end struct {
+		said string
+		exit int
+	}
+	waited := make(chan end, 1)
+	go func() {
+		_, said, exit := wolf(ctx, t, c.Nodes[3], "prefetch", older.Ref, "--digest", d1, "--nodes", "zone=a", "--wait")
+		waited <- end{said, exit}
+	}()
+	var first string
+	must(t, harness.Poll(ctx, 200*time.Millisecond, func() error {
+		list, _, _ := wolf(ctx, t, c.Nodes[3], "prefetch ls")
+		for line := range strings.Lines(list) {
+			if f := strings.Fields(line); len(f) > 1 && f[1] == older.Ref {
+				first = f[0]
+				return nil
+			}
+		}
+		return errors.New("it is not listed")
+	}))
 	must(t, harness.Poll(ctx, 200*time.Millisecond, func() error {
 		for _, n := range prefetchStatus(ctx, t, c.Nodes[2], first).Nodes {
 			if !strings.Contains(n.Reason, "failed: ") {
@@ -228,6 +246,9 @@ func prefetchSuperseded(ctx context.Context, t *testing.T, c *harness.Cluster) {
 		if !n.Superseded {
 			t.Errorf("%s says %q", n.Node, n.Reason)
 		}
+	}
+	if e := <-waited; e.exit != 3 || !strings.Contains(e.said, "superseded on 2 of 2 nodes: ") {
+		t.Errorf("who waited for the older one: exit status %d, %q", e.exit, e.said)
 	}
 	for _, n := range c.Nodes[:2] {
 		out, err := n.Ctr(ctx, kubelets, "images", "ls", "name=="+younger.Ref)

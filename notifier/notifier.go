@@ -129,7 +129,7 @@ func alive(ctx context.Context, q interface {
 	Position(name string) ([]byte, error)
 }) error {
 	answered := make(chan struct{})
-	go func() {
+	go func() { // who hangs in there cannot be waited for: it is what systemd ends the program for
 		defer close(answered)
 		q.Stats()
 		_, _ = q.Position("")
