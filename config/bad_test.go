@@ -52,7 +52,7 @@ var badFiles = map[string][]string{
 		"cluster: no identity: set cluster_key_file",
 		"swarm.upload_limit: 10B/s is too little",
 		"swarm.idle_timeout: 10ms is out of range: choose 1s to 24h",
-		"tracker.max_wait: 10m is out of range: choose 1s to 4m",
+		"tracker.max_wait: 10m is out of range: choose 1s to 2m",
 		"prefetch.namespace: \"k8s/io\" is no namespace of containerd",
 		"prefetch.certs_dir: \"certs.d\" is not an absolute path",
 		"prefetch.credential_files[1]: \"b.json\" is not an absolute path",

@@ -55,7 +55,7 @@ func (c Config) Validate() error {
 	t := c.Tracker
 	p.between("tracker.decide_timeout", t.DecideTimeout, 10*time.Millisecond, 30*time.Second)
 	p.between("tracker.stall_timeout", t.StallTimeout, 100*time.Millisecond, time.Minute)
-	p.between("tracker.max_wait", t.MaxWait, time.Second, 4*time.Minute)
+	p.between("tracker.max_wait", t.MaxWait, time.Second, 2*time.Minute)
 	if t.DecideTimeout > t.MaxWait {
 		p.add("tracker.decide_timeout", "%s is above tracker.max_wait (%s): lower the one or raise the other", t.DecideTimeout, t.MaxWait)
 	}

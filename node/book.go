@@ -29,6 +29,10 @@ type bookEntry struct {
 // node counts as busy.
 const busyFor = 3 * time.Second
 
+// busyWaits is how many times as long a node waits for a blob of which nothing comes
+// while bytes of others do.
+const busyWaits = 2
+
 func newBook() *book { return &book{entries: map[digest.Digest]*bookEntry{}} }
 
 func (b *book) enter(d digest.Digest) {

@@ -24,6 +24,9 @@ const (
 	quietFor = 500 * time.Millisecond
 	// sampleEvery is the least time between two looks at them.
 	sampleEvery = 500 * time.Millisecond
+	// aWhile is how long a fetch may be slower than any that is worth waiting for: other
+	// blobs may have the line for themselves at first.
+	aWhile = 5 * time.Second
 	// lookAgain is after which time a look that failed is tried again.
 	lookAgain = 10 * sampleEvery
 	// inflowLately is within which time bytes must have come in, and inflowLeast how
@@ -59,9 +62,10 @@ type sample struct {
 func newInflow(log *slog.Logger) *inflow { return &inflow{log: log, connections: connectionsOfOthers} }
 
 // receiving says whether a fetch that has brought nothing since a moment is taken to
-// be receiving bytes. fetches is how many blobs are being fetched here, this one among
-// them. It is false where that cannot be known.
-func (f *inflow) receiving(now, since time.Time, fetches int) bool {
+// be receiving bytes, and enough of them: what is handed on at a time must come within
+// the wait that others are ready for. fetches is how many blobs are being fetched
+// here, this one among them. It is false where that cannot be known.
+func (f *inflow) receiving(now, since time.Time, fetches int, wait time.Duration) bool {
 	if now.Sub(since) < quietFor {
 		return false
 	}
@@ -80,10 +84,14 @@ func (f *inflow) receiving(now, since time.Time, fetches int) bool {
 			base = s
 		}
 	}
-	limit := uint64(fetches)*handedOn + inflowSlack
+	least, limit := uint64(0), uint64(fetches)*handedOn+inflowSlack
+	if quiet := now.Sub(since); quiet >= aWhile && wait > 0 {
+		least = uint64(handedOn * quiet.Seconds() / wait.Seconds())
+	}
 	for socket, n := range last.received {
 		had, known := before.received[socket]
-		if known && n >= had+inflowLeast && n-min(base.received[socket], n) < limit {
+		come := n - min(base.received[socket], n)
+		if known && n >= had+inflowLeast && come >= least && come < limit {
 			return true
 		}
 	}

@@ -26,6 +26,8 @@ func TestInflowTellsSlowFromSilent(t *testing.T) {
 		{"nothing comes in", 1, []uint64{0}, false},
 		{"keep-alives only", 1, []uint64{100}, false},
 		{"a slow registry", 1, []uint64{50 * kib}, true},
+		{"a very slow one", 1, []uint64{12 * kib}, true},
+		{"a program that gets a little all the time", 1, []uint64{6 * kib}, false},
 		{"somebody else's download", 1, []uint64{900 * kib}, false},
 		{"a slow registry beside somebody else's download", 1, []uint64{900 * kib, 50 * kib}, true},
 		{"three fetches on one connection", 3, []uint64{200 * kib}, true},
@@ -45,7 +47,7 @@ func TestInflowTellsSlowFromSilent(t *testing.T) {
 				}}
 				since, got := time.Now(), false
 				for range 16 { // 8 seconds
-					got = f.receiving(time.Now(), since, tt.fetches)
+					got = f.receiving(time.Now(), since, tt.fetches, time.Minute)
 					time.Sleep(sampleEvery)
 				}
 				if got != tt.want {
@@ -68,7 +70,7 @@ func TestInflowForgetsWhatWasBeforeTheSilence(t *testing.T) {
 			if time.Since(since) > 4*time.Second {
 				since = time.Now()
 			}
-			got := f.receiving(time.Now(), since, 1)
+			got := f.receiving(time.Now(), since, 1, time.Minute)
 			if quiet := time.Since(since); quiet >= time.Second && !got {
 				t.Fatalf("%v after a chunk: not receiving", quiet)
 			}
@@ -88,7 +90,7 @@ func TestInflowWithoutTheKernelsWord(t *testing.T) {
 	}}
 	now := time.Now()
 	for range 100 {
-		if f.receiving(now, now.Add(-time.Minute), 1) {
+		if f.receiving(now, now.Add(-time.Minute), 1, time.Minute) {
 			t.Error("receiving, although nothing is known")
 		}
 		now = now.Add(lookAgain / 50)

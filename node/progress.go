@@ -168,7 +168,7 @@ func (s *session) status() *apiv1.Status {
 	now := time.Now()
 	line, registry := s.node.meter.rates(now)
 	fetching := s.state.Writing > 0 && !s.state.Whole
-	receiving := fetching && s.node.inflow.receiving(now, s.metered.broughtAt, 1+int(load))
+	receiving := fetching && s.node.inflow.receiving(now, s.metered.broughtAt, 1+int(load), busyWaits*s.node.cfg.Tracker.MaxWait.Duration())
 	return &apiv1.Status{
 		Prefix: s.state.Prefix, Present: s.state.Present,
 		CanFetch: s.state.Waiting > 0, Fetching: fetching,
@@ -231,7 +231,13 @@ func (s *session) patience(now time.Time) {
 	}
 	cfg := s.node.cfg.Tracker
 	still := now.Sub(s.movedAt)
-	if still >= cfg.MaxWait.Duration() {
+	wait := cfg.MaxWait.Duration()
+	if s.node.book.busy(s.digest, now) {
+		// The line is full of other blobs, and would be of this one twice if it
+		// came from the registry, too.
+		wait *= busyWaits
+	}
+	if still >= wait {
 		// Also when another client of this node is at the registry already: its
 		// connection may hang.
 		s.log.Info("no new byte: going to the registry", "waited", still, "prefix", s.state.Prefix)

@@ -261,7 +261,10 @@ func (m *Machine) patience(now time.Time, f *member) time.Duration {
 	d := min(max(2*f.gap, m.stall), m.stall+slowSlack)
 	switch {
 	case f.receiving && f.works(now, m.stall):
-		d = receivingStalls * m.stall
+		if m.maxWait == 0 {
+			return receivingStalls * m.stall
+		}
+		return max(m.maxWait*8/5, m.stall) // members whose lines are full wait for twice max_wait
 	case f.works(now, m.stall):
 		d = busyStalls * m.stall
 	case f.gap == 0:
@@ -274,7 +277,7 @@ func (m *Machine) patience(now time.Time, f *member) time.Duration {
 // themselves.
 func (m *Machine) most(d time.Duration) time.Duration {
 	if m.maxWait > 0 {
-		d = min(d, max(m.maxWait/2, m.stall))
+		d = min(d, max(m.maxWait*2/3, m.stall))
 	}
 	return d
 }
@@ -330,9 +333,21 @@ func (m *Machine) candidate(idle bool) *member {
 	return best
 }
 
+// beside is how many fetchers there are in a member's zone: it may share their way to
+// the registry, and with it whatever makes them slow.
+func (m *Machine) beside(x *member) int {
+	n := 0
+	for _, f := range m.fetchers {
+		if f.zone == x.zone {
+			n++
+		}
+	}
+	return n
+}
+
 // better says whether a is to fetch rather than b. Those whose bytes may be
 // wrong, those that did nothing when told, and those on slow lines come last; the longest prefix
-// leaves the least to fetch; the rest spreads the layers of one image over the
+// leaves the least to fetch; then those come whose zone has no fetcher; the rest spreads the layers of one image over the
 // nodes.
 func (m *Machine) better(a, b *member) bool {
 	if a.suspect != b.suspect {
@@ -342,6 +357,7 @@ func (m *Machine) better(a, b *member) bool {
 		cmp.Compare(a.tells, b.tells),
 		m.compareLines(a, b),
 		cmp.Compare(m.reached(b), m.reached(a)),
+		cmp.Compare(m.beside(a), m.beside(b)),
 		cmp.Compare(a.load, b.load),
 		cmp.Compare(min(a.rank, 1), min(b.rank, 1)),
 		cmp.Compare(weight(b.hash, m.hash), weight(a.hash, m.hash)),

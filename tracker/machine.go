@@ -53,10 +53,10 @@ const (
 	slowSlack = 3 * time.Second
 	// busyStalls is after how many stall timeouts a fetcher is given up that
 	// gets bytes of other blobs all the while.
-	busyStalls = 5
+	busyStalls = 10
 	// receivingStalls is after how many a fetcher is given up that is known to get
-	// bytes of this blob.
-	receivingStalls = 10
+	// bytes of this blob, where members wait for ever.
+	receivingStalls = 12
 	// slowFactor is how many times as fast as its line another member has had
 	// bytes from a registry, for a member's line to be called slow.
 	slowFactor = 8

@@ -512,7 +512,7 @@ func (m *Machine) help(now time.Time, i int, x *member, still time.Duration) []*
 	patience := max(nudgeAfter, m.pace)
 	r := m.dice(i, x)
 	peers := m.draw(r, i, x, s.relays, func(c *member) bool { return c.zone == x.zone }, peersPerSegment-1, nil)
-	if len(m.zones) > 1 && still < 2*patience && s.entries[x.zone] != x && m.supplies(i, x.zone) {
+	if m.comes(now, i, x, still) {
 		if e := s.entries[x.zone]; len(peers) == 0 && e != nil {
 			peers = m.draw(r, i, x, []*member{e}, anyone, 1, peers)
 		}

@@ -160,11 +160,11 @@ func TestPatienceEndsWellBeforeAllGiveUp(t *testing.T) {
 	}{
 		{0, busyStalls * 2 * time.Second, false},
 		{30 * time.Second, busyStalls * 2 * time.Second, false},
-		{6 * time.Second, 3 * time.Second, false},
+		{6 * time.Second, 4 * time.Second, false},
 		{2 * time.Second, 2 * time.Second, false},
 		{0, receivingStalls * 2 * time.Second, true},
-		{30 * time.Second, 15 * time.Second, true},
-		{6 * time.Second, 3 * time.Second, true},
+		{30 * time.Second, 48 * time.Second, true},
+		{time.Second, 2 * time.Second, true},
 	} {
 		m := NewMachine(testDigest, testSize, MachineOptions{Layout: testLayout, StallTimeout: 2 * time.Second, MaxWait: c.maxWait})
 		if got := m.patience(epoch, &member{fetching: true, busy: true, busyAt: epoch, receiving: c.receiving}); got != c.want {

@@ -1,6 +1,9 @@
 package tracker
 
-import "slices"
+import (
+	"slices"
+	"time"
+)
 
 // Zones are near within and far from each other: a byte is to cross into each
 // once. So per segment one leecher of each zone, its entry, is given one
@@ -128,6 +131,22 @@ func (m *Machine) supplies(i int, zone string) bool {
 		}
 	}
 	return m.suppliedFrom(i, zone)
+}
+
+// comes says whether x, which stands still, is to go on waiting for a segment that is
+// in its zone, or on its way into it. Twice as long as others wait, and twice as long
+// again while its entry gets bytes: then the line into the zone is full, of what the
+// zone waits for, and the same bytes once more would fill it for longer.
+func (m *Machine) comes(now time.Time, i int, x *member, still time.Duration) bool {
+	e := m.segs[i].entries[x.zone]
+	if len(m.zones) < 2 || e == x || !m.supplies(i, x.zone) {
+		return false
+	}
+	patience := 2 * max(nudgeAfter, m.pace)
+	if e != nil && e.works(now, m.stall) {
+		patience *= 2
+	}
+	return still < patience
 }
 
 // suppliedFrom says whether members of a zone have a segment from others, or one

@@ -129,3 +129,48 @@ func TestEntryIsReplaced(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) { runScript(t, testDigest, testSize, 0, begin+c.lines) })
 	}
 }
+
+// A zone whose entry gets bytes has a full line, and waits longer before it takes the
+// same over it from elsewhere.
+func TestZoneWaitsForItsEntry(t *testing.T) {
+	m := runScript(t, testDigest, testSize, 0, `
+			0s    join a can zone=x     > a fetch
+			0s    status a fetching -can
+			0s    join b can zone=x     > b wait
+			0s    join c can zone=y     > c wait
+			0s    join d can zone=y     > d wait
+			1ms   announce a 0          > b seg0*(a), c seg0*(d), d seg0*(b)
+			2ms   status d busy`)
+	entry, other := m.members["d"], m.members["c"]
+	for _, c := range []struct {
+		heard, still time.Duration // since d said that it gets bytes; for how long c has had none
+		want         bool
+	}{
+		{0, 3900 * time.Millisecond, true},
+		{0, 4 * time.Second, false},
+		{testStall, 1900 * time.Millisecond, true},
+		{testStall, 2 * time.Second, false},
+	} {
+		if got := m.comes(entry.busyAt.Add(c.heard), 0, other, c.still); got != c.want {
+			t.Errorf("after %v without a byte, the entry heard %v ago: waits is %v", c.still, c.heard, got)
+		}
+	}
+	if m.comes(entry.busyAt, 0, entry, 0) {
+		t.Error("the entry waits for itself")
+	}
+}
+
+// One more fetcher is sent from another zone: the same line to the registry may be
+// what makes the first one slow.
+func TestOneMoreFetcherIsElsewhere(t *testing.T) {
+	for _, zones := range [][2]string{{"x", "y"}, {"y", "x"}} {
+		far := map[string]string{zones[0]: "b", zones[1]: "c"}["y"]
+		runScript(t, testDigest, testSize, 0, `
+			0s     join a can zone=x               > a fetch
+			0s     join b can zone=`+zones[0]+`    > b wait
+			0s     join c can zone=`+zones[1]+`    > c wait
+			0s     status a fetching -can
+			3990ms tick
+			4s     tick                            > `+far+` fetch`)
+	}
+}
