@@ -28,7 +28,9 @@ func (c *Containerd) Pull(ctx context.Context, ns, ref string, flags ...string) 
 // Fetch gets an image's blobs with `ctr content fetch` and does not unpack them.
 // It is ctr itself that talks to the registry.
 func (c *Containerd) Fetch(ctx context.Context, ns, ref string) error {
-	_, err := c.Ctr(ctx, ns, "content", "fetch", "--hosts-dir", c.hostsDir(), ref)
+	// With --debug there is no progress bar, which asks containerd, and so the store, for
+	// all ingests ten times a second.
+	_, err := c.Ctr(ctx, ns, "--debug", "content", "fetch", "--hosts-dir", c.hostsDir(), ref)
 	return err
 }
 
