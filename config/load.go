@@ -41,12 +41,22 @@ func Load(s Sources) (Config, error) {
 		case err == nil:
 			errs = append(errs, c.decode(s.File, b)...)
 		case !s.Optional || !errors.Is(err, fs.ErrNotExist):
-			errs = append(errs, err)
+			errs = append(errs, unread{err})
 		}
 	}
 	errs = append(errs, s.overlay(Fields(), reflect.ValueOf(&c).Elem())...)
 	return c, errors.Join(errs...)
 }
+
+// unread is why nothing of a file was read.
+type unread struct{ error }
+
+// Unwrap returns the reason.
+func (u unread) Unwrap() error { return u.error }
+
+// Unread reports whether an error of Load or LoadNotifier is that nothing of the file was read, so that
+// Validate would miss what may well be in it.
+func Unread(err error) bool { return errors.As(err, new(unread)) }
 
 // overlay gives the fields of root what the environment and the flags say.
 func (s Sources) overlay(fields []Field, root reflect.Value) []error {
@@ -118,12 +128,12 @@ type schema struct {
 // is with its position.
 func (s schema) decode(name string, doc []byte, values *map[string]any) []error {
 	if err := toml.Unmarshal(doc, values); err != nil {
-		return []error{locate(name, err)}
+		return []error{unread{locate(name, err)}}
 	}
 	rows, err := s.headers(name, doc)
 	if err != nil {
 		clear(*values)
-		return []error{err}
+		return []error{unread{err}}
 	}
 	s.number(*values)
 	err = toml.NewDecoder(bytes.NewReader(doc)).DisallowUnknownFields().Decode(bareTables(s.tables))

@@ -230,7 +230,7 @@ func LoadNotifier(s Sources) (Notifier, error) {
 		case err == nil:
 			errs = append(errs, n.decode(s.File, b, t)...)
 		case !s.Optional || !errors.Is(err, os.ErrNotExist):
-			errs = append(errs, err)
+			errs = append(errs, unread{err})
 		}
 	}
 	errs = append(errs, s.overlay(notifierFields(), reflect.ValueOf(&n).Elem())...)

@@ -9,4 +9,4 @@ import (
 	"github.com/imagewolf/imagewolf/internal/program"
 )
 
-func main() { os.Exit(program.Run(command.App(), func(error) int { return 1 })) }
+func main() { os.Exit(program.Run(command.App())) }

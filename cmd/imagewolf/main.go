@@ -9,4 +9,4 @@ import (
 	"github.com/imagewolf/imagewolf/internal/program"
 )
 
-func main() { os.Exit(program.Run(command.App(), command.ExitStatus)) }
+func main() { os.Exit(program.Run(command.App())) }

@@ -3,6 +3,7 @@ package program
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -15,36 +16,98 @@ import (
 	"github.com/imagewolf/imagewolf/internal/build"
 )
 
+// statusUsage is the exit status of a command line that makes no sense.
+const statusUsage = 2
+
+// UsageError says what is wrong with a command line, as opposed to what it asks for.
+type UsageError struct {
+	err     error
+	command string // whose --help helps
+}
+
+// Error implements error.
+func (e *UsageError) Error() string {
+	return fmt.Sprintf("%v; '%s --help' shows what there is", e.err, e.command)
+}
+
+// Unwrap returns what is wrong.
+func (e *UsageError) Unwrap() error { return e.err }
+
+// ExitStatus returns what the process is to exit with.
+func (*UsageError) ExitStatus() int { return statusUsage }
+
+// Usage returns the UsageError of a command.
+func Usage(c *cli.Context, err error) error { return &UsageError{err, c.Command.HelpName} }
+
+// ExitStatus returns what a process is to exit with for the error that its command
+// line ends with: 0 without one, what the error's own method ExitStatus says if it has
+// one, else 1.
+func ExitStatus(err error) int {
+	var own interface{ ExitStatus() int }
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &own):
+		return own.ExitStatus()
+	}
+	return 1
+}
+
 // Run runs the command line with the arguments of the process until it is told to
 // stop (SIGINT, SIGTERM), prints the error that it ends with, and returns what the
-// process is to exit with: 0, or what statusOf makes of the error.
-func Run(app *cli.App, statusOf func(error) int) int {
+// process is to exit with, as ExitStatus says.
+func Run(app *cli.App) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := app.RunContext(ctx, os.Args)
 	stop()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", app.Name, err)
-		return statusOf(err)
 	}
-	return 0
+	return ExitStatus(err)
 }
 
-// New returns the command line of a program, to which its commands are added. It
-// knows the command version already.
-func New(name, usage string) *cli.App {
-	return &cli.App{
+// New returns the command line of a program with its commands, and the command
+// version. What is wrong with a command line is a UsageError.
+func New(name, usage string, commands ...*cli.Command) *cli.App {
+	app := &cli.App{
 		Name: name, Usage: usage,
 		// Errors are printed once, by Run; the library would exit on some.
 		ExitErrHandler:  func(*cli.Context, error) {},
 		HideVersion:     true,
 		HideHelpCommand: true,
-		Commands:        []*cli.Command{version(name)},
-		Action: func(c *cli.Context) error {
-			if c.Args().Present() {
-				return fmt.Errorf("there is no command %q; '%s help' names them all", c.Args().First(), name)
-			}
-			return cli.ShowAppHelp(c)
-		},
+		Commands:        append(commands, version(name)),
+		OnUsageError:    usageError(name),
+		Action:          group(name, cli.ShowAppHelp),
+	}
+	strict(name, app.Commands)
+	return app
+}
+
+// strict has commands refuse what they do not know in one line, in place of the
+// library's page of help. name is what goes before theirs.
+func strict(name string, commands []*cli.Command) {
+	for _, c := range commands {
+		name := name + " " + c.Name
+		c.OnUsageError = usageError(name)
+		if c.Action == nil {
+			c.Action, c.HideHelpCommand = group(name, cli.ShowSubcommandHelp), true
+		}
+		strict(name, c.Subcommands)
+	}
+}
+
+// usageError is called with what is wrong with the flags of a command.
+func usageError(name string) cli.OnUsageErrorFunc {
+	return func(_ *cli.Context, err error, _ bool) error { return &UsageError{err, name} }
+}
+
+// group is the action of what only has commands: it shows them.
+func group(name string, help func(*cli.Context) error) cli.ActionFunc {
+	return func(c *cli.Context) error {
+		if word := c.Args().First(); word != "" && word != "help" {
+			return &UsageError{fmt.Errorf("there is no command %q", word), name}
+		}
+		return help(c)
 	}
 }
 
@@ -61,7 +124,7 @@ func version(name string) *cli.Command {
 // NoArgs refuses arguments that would otherwise be overlooked.
 func NoArgs(c *cli.Context) error {
 	if c.Args().Present() {
-		return fmt.Errorf("%s takes no argument, and was given %q", c.Command.HelpName, c.Args().First())
+		return Usage(c, fmt.Errorf("%s takes no argument, and was given %q", c.Command.HelpName, c.Args().First()))
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ package command
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 
@@ -26,9 +27,8 @@ const (
 // App returns the command line of imagewolf-notifier. The context it is run with
 // ends the program.
 func App() *cli.App {
-	app := program.New("imagewolf-notifier", "hears that an image was pushed, and has nodes pull it before anyone asks")
-	app.Commands = append([]*cli.Command{runCommand(), rulesCommand(), configCommand()}, app.Commands...)
-	return app
+	return program.New("imagewolf-notifier", "hears that an image was pushed, and has nodes pull it before anyone asks",
+		runCommand(), rulesCommand(), configCommand())
 }
 
 func configFlags() []cli.Flag {
@@ -37,13 +37,16 @@ func configFlags() []cli.Flag {
 	}}
 }
 
-// load reads and checks the settings.
+// load reads and checks the settings: its error says all that is wrong.
 func load(c *cli.Context) (config.Notifier, error) {
 	cfg, err := config.LoadNotifier(config.Sources{File: c.Path(configFlag), Env: os.LookupEnv})
-	if err != nil {
+	switch {
+	case config.Unread(err) && errors.Is(err, fs.ErrNotExist) && !c.IsSet(configFlag):
+		return cfg, fmt.Errorf("%w: docs/notifier.md has one to start from, and --%s names another", err, configFlag)
+	case config.Unread(err):
 		return cfg, err
 	}
-	return cfg, cfg.Validate()
+	return cfg, errors.Join(err, cfg.Validate())
 }
 
 func runCommand() *cli.Command {

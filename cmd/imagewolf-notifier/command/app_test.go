@@ -122,9 +122,19 @@ func TestSettingsAreChecked(t *testing.T) {
 		"lisen = 1":        "unknown key lisen (did you mean listen?)",
 		"listen = \"x\"":   "allow_registries: empty",
 		"\n[api]\ntoken=1": "api.token: must be text",
+		"lisen = 2":        "allow_registries: empty",
 	} {
 		if _, _, err := run(t, t.Context(), "", "config", "check", "--config", write(t, "bad.toml", content)); err == nil || !strings.Contains(err.Error(), said) {
 			t.Errorf("%q: %v, should say %q", content, err, said)
+		}
+	}
+}
+
+// What could not be read is not judged: what is missed may well be in it.
+func TestSettingsThatCannotBeRead(t *testing.T) {
+	for _, file := range []string{"/nonexistent/notifier.toml", write(t, "bad.toml", "[queue")} {
+		if _, _, err := run(t, t.Context(), "", "run", "--config", file); err == nil || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: %v", file, err)
 		}
 	}
 }

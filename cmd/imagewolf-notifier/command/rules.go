@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/internal/program"
 	"github.com/imagewolf/imagewolf/notifier/event"
 	"github.com/imagewolf/imagewolf/notifier/rules"
 )
@@ -44,7 +45,7 @@ func rulesCommand() *cli.Command {
 
 func testRules(c *cli.Context) error {
 	if c.NArg() != 1 {
-		return errors.New("give one file with an event, after the flags")
+		return program.Usage(c, errors.New("give one file with an event, after the flags"))
 	}
 	cfg, err := load(c)
 	if err != nil {

@@ -34,11 +34,8 @@ func App() *cli.App { return newApp(newNode) }
 // newApp takes what makes the node, so that the way to it can be tested
 // without one.
 func newApp(makeNode func(config.Config, *slog.Logger) (runner, error)) *cli.App {
-	app := program.New("imagewolf", "container images from the other nodes of a cluster, through containerd's own content store")
-	app.Commands = append([]*cli.Command{
-		daemonCommand(makeNode), configCommand(), clusterKeyCommand(), prefetchCommand(), demoCommand(),
-	}, app.Commands...)
-	return app
+	return program.New("imagewolf", "container images from the other nodes of a cluster, through containerd's own content store",
+		daemonCommand(makeNode), configCommand(), clusterKeyCommand(), prefetchCommand(), demoCommand())
 }
 
 // settingFlags returns --config and one flag for every setting.
@@ -73,6 +70,16 @@ func load(c *cli.Context) (config.Config, error) {
 			return fmt.Sprint(c.Value(name)), c.IsSet(name)
 		},
 	})
+}
+
+// loadValid is load, and has the settings checked: its error says all that is wrong
+// with the sources and with the values.
+func loadValid(c *cli.Context) (config.Config, error) {
+	cfg, err := load(c)
+	if !config.Unread(err) {
+		err = errors.Join(err, cfg.Validate())
+	}
+	return cfg, err
 }
 
 func clusterKeyCommand() *cli.Command {

@@ -142,6 +142,13 @@ func TestConfigCheck(t *testing.T) {
 			t.Errorf("%q is missing in: %v", want, err)
 		}
 	}
+	// What could not be read is not judged: what is missed may well be in it.
+	for _, file := range []string{"/nonexistent/c.toml", write(t, "[cluster")} {
+		_, _, err = run(t, t.Context(), newNode, "config", "check", "--config", file)
+		if err == nil || strings.Contains(err.Error(), "identity") {
+			t.Errorf("%s: %v", file, err)
+		}
+	}
 	// A key that no cluster has is found before the daemon finds it.
 	_, _, err = run(t, t.Context(), newNode, "config", "check", "--config", write(t, "[cluster]\ncluster_key = \"iwk1-typo\"\n"))
 	if err == nil || !strings.Contains(err.Error(), "cluster key") || strings.Contains(err.Error(), "typo") {

@@ -1,7 +1,6 @@
 package command
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -41,8 +40,8 @@ func configCommand() *cli.Command {
 // when both are right does it look into keys and certificates, as the daemon
 // would.
 func checkConfig(c *cli.Context) error {
-	cfg, err := load(c)
-	if err = errors.Join(err, cfg.Validate()); err != nil {
+	cfg, err := loadValid(c)
+	if err != nil {
 		return err
 	}
 	if _, err := node.New(cfg, slog.New(slog.DiscardHandler)); err != nil {

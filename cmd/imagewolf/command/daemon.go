@@ -1,7 +1,6 @@
 package command
 
 import (
-	"errors"
 	"log/slog"
 
 	"github.com/urfave/cli/v2"
@@ -19,8 +18,8 @@ func daemonCommand(makeNode func(config.Config, *slog.Logger) (runner, error)) *
 		Name: "daemon", Usage: "run a node until it is told to stop (SIGINT, SIGTERM)",
 		Flags: settingFlags(), Before: program.NoArgs,
 		Action: func(c *cli.Context) error {
-			cfg, err := load(c)
-			if err = errors.Join(err, cfg.Validate()); err != nil {
+			cfg, err := loadValid(c)
+			if err != nil {
 				return err
 			}
 			log, err := program.NewLogger(c.App.ErrWriter, cfg.LogLevel, cfg.LogFormat)

@@ -6,7 +6,11 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
+	"net"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -24,7 +28,7 @@ import (
 
 // Exit statuses of 'imagewolf prefetch', beside 0 and 1.
 const (
-	exitUsage      = 2   // the node refuses the request as it is
+	exitRefused    = 2   // the request is refused as it is; as for a command line that makes no sense
 	exitSuperseded = 3   // all are done, but for those where a younger request pulled the tag
 	exitTimeout    = 124 // time was up before all had ended; what timeout(1) returns
 )
@@ -44,17 +48,8 @@ func (e *exitError) Error() string { return e.err.Error() }
 // Unwrap returns what happened.
 func (e *exitError) Unwrap() error { return e.err }
 
-// ExitStatus is what the process ends with for an error of App: 1 for most.
-func ExitStatus(err error) int {
-	var e *exitError
-	switch {
-	case err == nil:
-		return 0
-	case errors.As(err, &e):
-		return e.status
-	}
-	return 1
-}
+// ExitStatus returns what the process is to exit with.
+func (e *exitError) ExitStatus() int { return e.status }
 
 func nodeFlags() []cli.Flag {
 	return []cli.Flag{
@@ -92,47 +87,39 @@ func prefetchCommand() *cli.Command {
 				Action: asking(func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error {
 					all, err := n.ListPrefetches(ctx, &imagewolfv1.ListPrefetchesRequest{Limit: uint32(min(c.Uint("limit"), 1000))}) //nolint:gosec // bounded here
 					if err != nil {
-						return told(err)
+						return told(c, err)
 					}
 					return printList(c, all)
 				}),
 			},
 			{
-				Name: "status", Usage: "show where each node is with a request", ArgsUsage: "ID", Flags: nodeFlags(), Before: oneArg("ID"),
-				Action: asking(func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error {
-					st, err := n.GetPrefetch(ctx, &imagewolfv1.GetPrefetchRequest{Id: c.Args().First()})
+				Name: "status", Usage: "show where each node is with a request", ArgsUsage: "ID", Flags: nodeFlags(),
+				Action: askingAbout("ID", func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient, id string) error {
+					st, err := n.GetPrefetch(ctx, &imagewolfv1.GetPrefetchRequest{Id: id})
 					if err != nil {
-						return told(err)
+						return told(c, err)
 					}
 					return printStatus(c, st)
 				}),
 			},
 			{
-				Name: "cancel", Usage: "end what has not ended of a request; what is pulled stays", ArgsUsage: "ID", Flags: nodeFlags(), Before: oneArg("ID"),
-				Action: asking(func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error {
-					st, err := n.CancelPrefetch(ctx, &imagewolfv1.CancelPrefetchRequest{Id: c.Args().First()})
+				Name: "cancel", Usage: "end what has not ended of a request; what is pulled stays", ArgsUsage: "ID", Flags: nodeFlags(),
+				Action: askingAbout("ID", func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient, id string) error {
+					st, err := n.CancelPrefetch(ctx, &imagewolfv1.CancelPrefetchRequest{Id: id})
 					if err != nil {
-						return told(err)
+						return told(c, err)
 					}
 					return printStatus(c, st)
 				}),
 			},
 		},
-		Action: func(c *cli.Context) error {
-			if err := flagsAfter(c); err != nil {
-				return err
-			}
-			return asking(runPrefetch)(c)
-		},
+		Action: askingAbout("IMAGE", runPrefetch),
 	}
 }
 
-// arguments are those that flagsAfter found to be no flags.
-type argumentsKey struct{}
-
-// flagsAfter reads flags that stand after the image, where the library sees
-// arguments only.
-func flagsAfter(c *cli.Context) error {
+// oneWord returns the one argument of a command. It reads flags that stand after it,
+// where the library sees arguments only.
+func oneWord(c *cli.Context, what string) (string, error) {
 	var words []string
 	rest := c.Args().Slice()
 	for len(rest) > 0 {
@@ -140,39 +127,46 @@ func flagsAfter(c *cli.Context) error {
 		set := flag.NewFlagSet(c.Command.Name, flag.ContinueOnError)
 		set.SetOutput(io.Discard)
 		for _, f := range c.Command.Flags {
-			name := f.Names()[0]
-			give := func(v string) error { return c.Set(name, v) }
-			if _, isBool := f.(*cli.BoolFlag); isBool {
-				set.BoolFunc(name, "", give)
-			} else {
-				set.Func(name, "", give)
+			for _, name := range f.Names() {
+				give := func(v string) error { return c.Set(name, v) }
+				if _, isBool := f.(*cli.BoolFlag); isBool {
+					set.BoolFunc(name, "", give)
+				} else {
+					set.Func(name, "", give)
+				}
 			}
 		}
 		if err := set.Parse(rest); err != nil {
-			return err
+			return "", program.Usage(c, err)
 		}
 		rest = set.Args()
 	}
 	if len(words) != 1 {
-		return fmt.Errorf("%s takes one IMAGE, and was given %d words; 'imagewolf prefetch --help' shows what there is", c.Command.HelpName, len(words))
+		return "", program.Usage(c, fmt.Errorf("%s takes one %s, and was given %d words", c.Command.HelpName, what, len(words)))
 	}
-	c.Context = context.WithValue(c.Context, argumentsKey{}, words[0])
-	return nil
+	return words[0], nil
 }
 
-// oneArg refuses all but one argument.
-func oneArg(what string) cli.BeforeFunc {
+// askingAbout is asking for a command with one argument.
+func askingAbout(what string, do func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient, word string) error) cli.ActionFunc {
 	return func(c *cli.Context) error {
-		if c.Args().Len() != 1 {
-			return fmt.Errorf("%s takes one %s, and was given %d", c.Command.HelpName, what, c.Args().Len())
+		word, err := oneWord(c, what)
+		if c.Bool("help") { // it stood after the word
+			return cli.ShowSubcommandHelp(c)
 		}
-		return nil
+		if err != nil {
+			return err
+		}
+		return asking(func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error { return do(ctx, c, n, word) })(c)
 	}
 }
 
 // asking runs do with a way to the node.
 func asking(do func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error) cli.ActionFunc {
 	return func(c *cli.Context) (err error) {
+		if path := c.Path("socket"); !filepath.IsAbs(path) {
+			return program.Usage(c, fmt.Errorf("--socket: %q is not an absolute path", path))
+		}
 		n, err := nodeapi.Dial(nodeapi.Options{Addresses: []string{"unix://" + c.Path("socket")}})
 		if err != nil {
 			return err
@@ -183,16 +177,40 @@ func asking(do func(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClien
 }
 
 // told turns what a node answered into what the user is told.
-func told(err error) error {
+func told(c *cli.Context, err error) error {
 	st := status.Convert(err)
 	switch st.Code() {
 	case codes.InvalidArgument:
-		return &exitError{exitUsage, errors.New(st.Message())}
+		return &exitError{exitRefused, errors.New(st.Message())}
 	case codes.Unavailable:
-		return fmt.Errorf("%s (is the daemon running, and may this user write to its node_api.socket?)", st.Message())
+		return unavailable(c, st.Message())
 	}
 	return errors.New(st.Message())
 }
+
+// unavailable says why nobody answers, or what the node says that cannot answer now.
+// The library's text has both among its own.
+func unavailable(c *cli.Context, text string) error {
+	path := c.Path("socket")
+	conn, err := (&net.Dialer{Timeout: connectWait}).DialContext(c.Context, "unix", path)
+	var why syscall.Errno
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("this user may not write to %s: node_api.socket_mode and node_api.socket_group say who may", path)
+	case errors.As(err, &why):
+		return fmt.Errorf("no node answers at %s (%w): is the daemon running, and is that its node_api.socket?", path, why)
+	case err == nil:
+		_ = conn.Close() // it was to be seen whether it can be made
+	}
+	if i := strings.LastIndex(text, retried); i >= 0 {
+		text = text[i+len(retried):]
+	}
+	return errors.New(text)
+}
+
+// retried stands before what a node said in the text of an error that several tries
+// ended with.
+const retried = "rpc error: code = Unavailable desc = "
 
 // requestFrom returns what the flags ask for.
 func requestFrom(c *cli.Context, image string) (*imagewolfv1.PrefetchRequest, error) {
@@ -230,15 +248,14 @@ func requestFrom(c *cli.Context, image string) (*imagewolfv1.PrefetchRequest, er
 }
 
 // runPrefetch sends the request, and waits if it is asked to.
-func runPrefetch(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient) error {
-	image, _ := c.Context.Value(argumentsKey{}).(string)
+func runPrefetch(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient, image string) error {
 	r, err := requestFrom(c, image)
 	if err != nil {
-		return &exitError{exitUsage, err}
+		return &exitError{exitRefused, err}
 	}
 	st, err := n.Prefetch(ctx, r)
 	if err != nil {
-		return told(err)
+		return told(c, err)
 	}
 	if len(st.Nodes) == 0 {
 		return fmt.Errorf("no node is selected: 'imagewolf prefetch' selects by the labels that nodes have in their cluster.labels, and what was asked for fits none")
@@ -291,7 +308,7 @@ func follow(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient, st *i
 		case ctx.Err() != nil:
 			return nil, fmt.Errorf("no longer waiting for %s: it goes on; 'imagewolf prefetch status %s' tells how, and 'cancel' ends it", st.Request.Id, st.Request.Id)
 		case status.Code(err) != codes.Unavailable:
-			return nil, told(err)
+			return nil, told(c, err)
 		}
 		select { // the daemon restarts
 		case <-ctx.Done():

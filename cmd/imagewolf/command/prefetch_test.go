@@ -23,6 +23,7 @@ import (
 
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/cluster"
+	"github.com/imagewolf/imagewolf/internal/program"
 )
 
 // fakeAPI is a node that was asked, and answers as it is told.
@@ -163,22 +164,56 @@ func TestPrefetchEnds(t *testing.T) {
 		"refused":     {&fakeAPI{err: status.Error(codes.InvalidArgument, "image: none")}, nil, 2, "", "image: none"},
 		"bad timeout": {&fakeAPI{}, []string{"--timeout", "1ms"}, 2, "", "--timeout: 1ms"},
 		"bad count":   {&fakeAPI{}, []string{"--count", "99999999999"}, 2, "", "--count"},
-		"two images":  {&fakeAPI{}, []string{"another"}, 1, "", "one IMAGE"},
-		"bad flag":    {&fakeAPI{}, []string{"--frobnicate"}, 1, "", "frobnicate"},
+		"two images":  {&fakeAPI{}, []string{"another"}, 2, "", "one IMAGE"},
+		"bad flag":    {&fakeAPI{}, []string{"--frobnicate"}, 2, "", "frobnicate"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			out, _, err := run(t, t.Context(), newNode, append([]string{"prefetch", "--socket", c.api.serve(t), "--wait", "r/app:1"}, c.args...)...)
-			if ExitStatus(err) != c.exit || c.stdout != "" && out != c.stdout || c.err != "" && !strings.Contains(fmt.Sprint(err), c.err) {
-				t.Errorf("exit status %d, %v, printed\n%s", ExitStatus(err), err, out)
+			if program.ExitStatus(err) != c.exit || c.stdout != "" && out != c.stdout || c.err != "" && !strings.Contains(fmt.Sprint(err), c.err) {
+				t.Errorf("exit status %d, %v, printed\n%s", program.ExitStatus(err), err, out)
 			}
 		})
 	}
 }
 
-func TestPrefetchWithoutADaemon(t *testing.T) {
-	_, _, err := run(t, t.Context(), newNode, "prefetch", "--socket", "/nonexistent/s", "r/app:1")
-	if ExitStatus(err) != 1 || !strings.Contains(err.Error(), "node_api.socket") || !strings.Contains(err.Error(), "/nonexistent/s") {
-		t.Errorf("got %v", err)
+// One line says why nobody answers, without what the library has to say of itself.
+func TestPrefetchWithoutAnAnswer(t *testing.T) {
+	stale := filepath.Join(t.TempDir(), "s")
+	if err := os.WriteFile(stale, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	busy := &fakeAPI{err: status.Error(codes.Unavailable, "prefetches are not served at the moment")}
+	for socket, want := range map[string]string{
+		"/nonexistent/s": "no node answers at /nonexistent/s (no such file or directory): is the daemon running, and is that its node_api.socket?",
+		stale:            "no node answers at " + stale + " (connection refused): is the daemon running, and is that its node_api.socket?",
+		busy.serve(t):    "prefetches are not served at the moment",
+	} {
+		_, _, err := run(t, t.Context(), newNode, "prefetch", "--socket", socket, "r/app:1")
+		if program.ExitStatus(err) != 1 || err.Error() != want {
+			t.Errorf("got %v, want %s", err, want)
+		}
+	}
+}
+
+// Flags may stand after the word, as in most command lines; help there asks for nothing.
+func TestFlagsAfterTheWord(t *testing.T) {
+	f := &fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", pulling, "")}}}
+	socket := f.serve(t)
+	for _, command := range []string{"status", "cancel"} {
+		out, _, err := run(t, t.Context(), newNode, "prefetch", command, "x", "--socket", socket, "--json")
+		if err != nil || !strings.HasPrefix(out, `{"request":`) {
+			t.Errorf("%s: %v\n%s", command, err, out)
+		}
+	}
+	for _, args := range [][]string{{"r/app:1", "--help"}, {"r/app:1", "-h"}, {"cancel", "y", "--help"}} {
+		f.asked, f.canceled = nil, ""
+		out, _, err := run(t, t.Context(), newNode, append([]string{"prefetch", "--socket", socket}, args...)...)
+		if err != nil || !strings.Contains(out, "--socket PATH") || f.asked != nil || f.canceled != "" {
+			t.Errorf("%v: %v, asked for %v, canceled %q, printed\n%s", args, err, f.asked, f.canceled, out)
+		}
+	}
+	if _, _, err := run(t, t.Context(), newNode, "prefetch", "--socket", "relative", "r/app:1"); program.ExitStatus(err) != 2 || !strings.Contains(err.Error(), "--socket") {
+		t.Errorf("relative socket: %v", err)
 	}
 }
 
@@ -186,7 +221,7 @@ func TestPrefetchInterrupted(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	f := &fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", pulling, "")}}, hangs: true, onWatch: cancel}
 	_, _, err := run(t, ctx, newNode, "prefetch", "--socket", f.serve(t), "--wait", "r/app:1")
-	if ExitStatus(err) != 1 || !strings.Contains(err.Error(), "it goes on") {
+	if program.ExitStatus(err) != 1 || !strings.Contains(err.Error(), "it goes on") {
 		t.Errorf("got %v", err)
 	}
 }
@@ -252,7 +287,7 @@ func TestPrefetchOnATerminal(t *testing.T) {
 	app := newApp(newNode)
 	app.Writer = tty
 	err = app.RunContext(t.Context(), []string{"imagewolf", "prefetch", "--socket", f.serve(t), "--wait", "r/app:1"})
-	if ExitStatus(err) != 1 {
+	if program.ExitStatus(err) != 1 {
 		t.Error(err)
 	}
 	tty.Close()

@@ -1,0 +1,57 @@
+package program
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/urfave/cli/v2"
+)
+
+// withStatus is an error with an exit status of its own.
+type withStatus struct{ error }
+
+func (withStatus) ExitStatus() int { return 7 }
+
+// A command line that makes no sense is answered in one line that names the word and
+// where help is, and never by a page.
+func TestUsage(t *testing.T) {
+	for line, want := range map[string]struct {
+		status int
+		says   string
+	}{
+		"":                 {0, ""},
+		"help":             {0, ""},
+		"--help":           {0, ""},
+		"some":             {0, ""},
+		"some help":        {0, ""},
+		"some thing":       {0, ""},
+		"version":          {0, ""},
+		"version x":        {2, `prog version takes no argument, and was given "x"; 'prog version --help' shows what there is`},
+		"other":            {2, `there is no command "other"; 'prog --help' shows what there is`},
+		"--odd":            {2, "flag provided but not defined: -odd; 'prog --help' shows what there is"},
+		"some other":       {2, `there is no command "other"; 'prog some --help' shows what there is`},
+		"some --odd":       {2, "flag provided but not defined: -odd; 'prog some --help' shows what there is"},
+		"some thing --odd": {2, "flag provided but not defined: -odd; 'prog some thing --help' shows what there is"},
+		"some thing --n=x": {2, "invalid value \"x\" for flag -n: parse error; 'prog some thing --help' shows what there is"},
+		"fail":             {1, "no luck"},
+		"own":              {7, "no luck"},
+	} {
+		luck := errors.New("no luck")
+		app := New("prog", "does things",
+			&cli.Command{Name: "some", Subcommands: []*cli.Command{{
+				Name: "thing", Flags: []cli.Flag{&cli.UintFlag{Name: "n"}}, Action: func(*cli.Context) error { return nil },
+			}}},
+			&cli.Command{Name: "fail", Action: func(*cli.Context) error { return luck }},
+			&cli.Command{Name: "own", Action: func(*cli.Context) error { return fmt.Errorf("%w", withStatus{luck}) }},
+		)
+		var out, errOut bytes.Buffer
+		app.Writer, app.ErrWriter = &out, &errOut
+		err := app.Run(append([]string{"prog"}, strings.Fields(line)...))
+		if ExitStatus(err) != want.status || err != nil && err.Error() != want.says || err != nil && out.Len()+errOut.Len() > 0 {
+			t.Errorf("%q: exit status %d, %v, printed\n%s%s", line, ExitStatus(err), err, &out, &errOut)
+		}
+	}
+}
