@@ -39,11 +39,11 @@ var allowed = map[string][]string{
 	"cmd/imagewolf":     {"node", "cluster", "config", "api", "internal/build", "internal/program"}, // api: the command line asks nodes, through api/nodeapi
 	"node":              {"proxy", "plugin", "swarm", "tracker", "cluster", "prefetch", "api", "config", "internal/serve", "internal/systemd"},
 	"proxy":             {"api", "config", "internal/serve"},
-	"plugin":            {"api", "config"},
+	"plugin":            {"api", "config", "internal/database"},
 	"swarm":             {"api", "config"},
 	"tracker":           {"api", "config"},
 	"cluster":           {"api", "config"},
-	"prefetch":          {"api", "config"},
+	"prefetch":          {"api", "config", "internal/database"},
 	"notifier":          {"api", "config", "internal/serve", "internal/systemd"},
 	"api":               {},
 	"config":            {},
@@ -51,6 +51,7 @@ var allowed = map[string][]string{
 
 	"cmd/imagewolf-notifier": {"notifier", "config", "api", "internal/build", "internal/program"},
 	"internal/build":         {},
+	"internal/database":      {},
 	"internal/program":       {"internal/build"},
 	"internal/serve":         {},
 	"internal/systemd":       {},

@@ -5,26 +5,21 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	bolt "go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
+
+	"github.com/imagewolf/imagewolf/internal/database"
 )
 
 var (
 	bucketBlobs  = []byte("blobs")
 	bucketPieces = []byte("pieces")
-	keyVersion   = []byte("version")
-	bucketMeta   = []byte("meta")
-	dbVersion    = []byte("1")
 )
 
-// dbTimeout bounds the wait for the lock on state.db, which another daemon on
-// the same root would hold.
-const dbTimeout = 3 * time.Second
+const dbVersion = "1"
 
 // blobState is what state.db says about a blob.
 type blobState struct {
@@ -35,44 +30,9 @@ type blobState struct {
 // openDB opens state.db. One that cannot be read is set aside: nothing in it
 // is worth a node without a content store.
 func openDB(path string, log *slog.Logger) (*bolt.DB, map[digest.Digest]blobState, error) {
-	db, states, err := tryDB(path)
-	if err == nil || errors.Is(err, berrors.ErrTimeout) || errors.Is(err, os.ErrPermission) || isFull(err) {
-		return db, states, err
-	}
-	log.Error("state.db cannot be read: starting without it", "path", path, "err", err)
-	if err := os.Rename(path, path+".bad"); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, nil, fmt.Errorf("set aside %s: %w", path, err)
-	}
-	return tryDB(path)
-}
-
-func tryDB(path string) (db *bolt.DB, states map[digest.Digest]blobState, err error) {
-	// bbolt panics on some kinds of damage.
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("%s: %v", path, r)
-		}
-		if err != nil && db != nil {
-			err = errors.Join(err, db.Close())
-			db = nil
-		}
-	}()
-	db, err = bolt.Open(path, 0o600, &bolt.Options{Timeout: dbTimeout, FreelistType: bolt.FreelistMapType})
-	if err != nil {
-		return nil, nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	states = map[digest.Digest]blobState{}
-	err = db.Update(func(tx *bolt.Tx) error {
-		meta, err := tx.CreateBucketIfNotExists(bucketMeta)
-		if err != nil {
-			return err
-		}
-		if v := meta.Get(keyVersion); v != nil && string(v) != string(dbVersion) {
-			return fmt.Errorf("version %q is not known", v)
-		}
-		if err := meta.Put(keyVersion, dbVersion); err != nil {
-			return err
-		}
+	var states map[digest.Digest]blobState
+	db, err := database.Open(path, dbVersion, log, func(tx *bolt.Tx) error {
+		states = map[digest.Digest]blobState{}
 		if _, err := tx.CreateBucketIfNotExists(bucketPieces); err != nil {
 			return err
 		}

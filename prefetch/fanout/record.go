@@ -7,31 +7,25 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"slices"
 	"strings"
 	"time"
 	"unique"
 
 	"go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
 	"google.golang.org/protobuf/proto"
 
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/internal/database"
 )
 
 // keepFor is how long a request is remembered after its end on this node.
 const keepFor = 24 * time.Hour
 
-var (
-	requestsBucket = []byte("requests")
-	metaBucket     = []byte("meta")
-	versionKey     = []byte("version")
-	dbVersion      = []byte("1")
-)
+var requestsBucket = []byte("requests")
 
 const (
-	lockWait   = 3 * time.Second      // for another process that has the file
+	dbVersion  = "1"
 	batchDelay = 2 * time.Millisecond // how long a write waits for others to share its fsync
 )
 
@@ -225,45 +219,9 @@ func decode(value []byte, self string) (*record, error) {
 // openDB opens the file and returns what is in it. One that cannot be read is
 // set aside: a day's requests are not worth a node that takes none.
 func openDB(path, self string, log *slog.Logger) (*bbolt.DB, map[string]*record, error) {
-	db, records, err := tryDB(path, self)
-	if err == nil || errors.Is(err, berrors.ErrTimeout) || errors.Is(err, os.ErrPermission) || errors.Is(err, os.ErrNotExist) {
-		return db, records, err
-	}
-	log.Error("the file of prefetches cannot be read: starting without it", "path", path, "err", err)
-	if err := os.Rename(path, path+".bad"); err != nil {
-		return nil, nil, fmt.Errorf("set aside %s: %w", path, err)
-	}
-	return tryDB(path, self)
-}
-
-func tryDB(path, self string) (db *bbolt.DB, records map[string]*record, err error) {
-	// bbolt panics on some kinds of damage.
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("%s: %v", path, p)
-		}
-		if err != nil && db != nil {
-			err = errors.Join(err, db.Close())
-			db = nil
-		}
-	}()
-	db, err = bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
-	if err != nil {
-		return nil, nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	db.MaxBatchDelay = batchDelay
-	records = map[string]*record{}
-	err = db.Update(func(tx *bbolt.Tx) error {
-		meta, err := tx.CreateBucketIfNotExists(metaBucket)
-		if err != nil {
-			return err
-		}
-		if v := meta.Get(versionKey); v != nil && string(v) != string(dbVersion) {
-			return fmt.Errorf("version %q is not known", v)
-		}
-		if err := meta.Put(versionKey, dbVersion); err != nil {
-			return err
-		}
+	var records map[string]*record
+	db, err := database.Open(path, dbVersion, log, func(tx *bbolt.Tx) error {
+		records = map[string]*record{}
 		b, err := tx.CreateBucketIfNotExists(requestsBucket)
 		if err != nil {
 			return err
@@ -277,7 +235,11 @@ func tryDB(path, self string) (db *bbolt.DB, records map[string]*record, err err
 			return nil
 		})
 	})
-	return db, records, err
+	if err != nil {
+		return nil, nil, err
+	}
+	db.MaxBatchDelay = batchDelay
+	return db, records, nil
 }
 
 // save writes records as they are now, and takes from the file those that are
