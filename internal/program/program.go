@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	containerdlog "github.com/containerd/log"
 	"github.com/urfave/cli/v2"
 
 	"github.com/imagewolf/imagewolf/internal/build"
@@ -129,15 +130,45 @@ func NoArgs(c *cli.Context) error {
 	return nil
 }
 
-// NewLogger returns what logs to w as the settings log_level and log_format say.
+// NewLogger returns what logs to w as the settings log_level and log_format say. What
+// containerd's packages log of themselves goes there from then on, too, one level lower:
+// none of it ends anything here.
 func NewLogger(w io.Writer, level, format string) (*slog.Logger, error) {
 	var least slog.Level
 	if err := least.UnmarshalText([]byte(level)); err != nil {
 		return nil, fmt.Errorf("log_level: %w", err)
 	}
+	var h slog.Handler
 	o := &slog.HandlerOptions{Level: least}
 	if format == "json" {
-		return slog.New(slog.NewJSONHandler(w, o)), nil
+		h = slog.NewJSONHandler(w, o)
+	} else {
+		h = slog.NewTextHandler(w, o)
 	}
-	return slog.New(slog.NewTextHandler(w, o)), nil
+	slog.SetDefault(slog.New(libraries{h}))
+	containerdlog.UseSlog()
+	return slog.New(h), nil
 }
+
+// libraries is a handler for what is no message of ours.
+type libraries struct{ slog.Handler }
+
+// lower is the level that a library's message has here.
+func lower(l slog.Level) slog.Level { return l - (slog.LevelError - slog.LevelWarn) }
+
+// Enabled implements slog.Handler.
+func (l libraries) Enabled(ctx context.Context, level slog.Level) bool {
+	return l.Handler.Enabled(ctx, lower(level))
+}
+
+// Handle implements slog.Handler.
+func (l libraries) Handle(ctx context.Context, r slog.Record) error {
+	r.Level = lower(r.Level)
+	return l.Handler.Handle(ctx, r)
+}
+
+// WithAttrs implements slog.Handler.
+func (l libraries) WithAttrs(a []slog.Attr) slog.Handler { return libraries{l.Handler.WithAttrs(a)} }
+
+// WithGroup implements slog.Handler.
+func (l libraries) WithGroup(name string) slog.Handler { return libraries{l.Handler.WithGroup(name)} }

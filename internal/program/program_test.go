@@ -2,11 +2,13 @@ package program
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
 	"testing"
 
+	containerdlog "github.com/containerd/log"
 	"github.com/urfave/cli/v2"
 )
 
@@ -52,6 +54,32 @@ func TestUsage(t *testing.T) {
 		err := app.Run(append([]string{"prog"}, strings.Fields(line)...))
 		if ExitStatus(err) != want.status || err != nil && err.Error() != want.says || err != nil && out.Len()+errOut.Len() > 0 {
 			t.Errorf("%q: exit status %d, %v, printed\n%s%s", line, ExitStatus(err), err, &out, &errOut)
+		}
+	}
+}
+
+// One log has one form, whoever writes.
+func TestLibrariesLogAsTheProgramDoes(t *testing.T) {
+	for _, level := range []string{"debug", "info", "warn"} {
+		var out bytes.Buffer
+		log, err := NewLogger(&out, level, "json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		log.Warn("ours")
+		containerdlog.L.WithField("path", "/x").Warn("theirs")
+		containerdlog.L.Info("too much")
+		var said []string
+		for line := range strings.Lines(out.String()) {
+			var m struct{ Level, Msg, Path string }
+			if err := json.Unmarshal([]byte(line), &m); err != nil {
+				t.Fatalf("%v in %s", err, line)
+			}
+			said = append(said, m.Level+" "+m.Msg+m.Path)
+		}
+		want := map[string]string{"debug": "WARN ours,INFO theirs/x,DEBUG too much", "info": "WARN ours,INFO theirs/x", "warn": "WARN ours"}[level]
+		if got := strings.Join(said, ","); got != want {
+			t.Errorf("%s: %s, want %s", level, got, want)
 		}
 	}
 }
