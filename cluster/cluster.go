@@ -228,7 +228,7 @@ func (c *Cluster) Run(ctx context.Context) error {
 	ml, err := memberlist.Create(cfg)
 	if err != nil {
 		g.stop()
-		return fmt.Errorf("gossip on %s: %w", c.bind, err)
+		return fmt.Errorf("cluster.gossip_address: %w", err)
 	}
 	c.setGossip(ml)
 	var following sync.WaitGroup

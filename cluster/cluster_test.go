@@ -279,7 +279,7 @@ func TestSplitHeals(t *testing.T) {
 // Nodes with another key, or with one name, do not become members.
 func TestWhoStaysOut(t *testing.T) {
 	key := GenerateKey()
-	errs := newRecorder(slog.LevelError)
+	errs := newRecorder(slog.LevelInfo)
 	first := nodeOn(t, key, "n0", "127.0.0.1:0", func(o *Options) { o.Log = slog.New(errs) })
 	start(t, first.Run)
 	seed := gossipAddr(t, first).String()
@@ -301,6 +301,19 @@ func TestWhoStaysOut(t *testing.T) {
 	awaitMembers(t, stranger, "stranger")
 	if n := errs.count("two nodes have one name"); n != 1 {
 		t.Errorf("the conflict was logged %d times", n)
+	}
+	if n := errs.count("Conflicting address"); n != 0 {
+		t.Errorf("and %d times in the library's words", n)
+	}
+}
+
+// Who cannot be listened for is told by which setting.
+func TestGossipPortThatIsTaken(t *testing.T) {
+	first := nodeOn(t, GenerateKey(), "n0", "127.0.0.1:0", nil)
+	start(t, first.Run)
+	second := nodeOn(t, GenerateKey(), "n1", gossipAddr(t, first).String(), nil)
+	if err := second.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "cluster.gossip_address") {
+		t.Errorf("got %v", err)
 	}
 }
 

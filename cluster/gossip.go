@@ -196,6 +196,9 @@ func (w *logWriter) Write(p []byte) (int, error) {
 		}
 	}
 	line = bytes.TrimPrefix(line, []byte("memberlist: "))
+	if bytes.HasPrefix(line, []byte("Conflicting address for ")) {
+		level = slog.LevelDebug // it comes with every message of the other node; NotifyConflict says it in our words
+	}
 	if w.log.Enabled(context.Background(), level) && w.limit.Allow() {
 		w.log.Log(context.Background(), level, "gossip: "+string(line))
 	}

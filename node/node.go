@@ -104,7 +104,7 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 func (n *Node) Run(ctx context.Context) (err error) {
 	l, err := proxy.Listen(n.cfg.Socket)
 	if err != nil {
-		return err
+		return fmt.Errorf("socket: %w", err)
 	}
 	n.store, err = store.Open(store.Options{
 		Root: n.cfg.Root, SeedQuota: n.cfg.SeedQuota.Bytes(), Filler: n,
@@ -112,7 +112,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		Counter: n.metrics.Store(), Panicked: n.counts(partFill),
 	})
 	if err != nil {
-		return errors.Join(err, l.Close())
+		return errors.Join(fmt.Errorf("root: %w", err), l.Close())
 	}
 	defer func() { err = errors.Join(err, n.store.Close()) }()
 	if n.engine == nil { // a test's own

@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -284,6 +285,29 @@ func wantSent(t *testing.T, r *registry, copies float64) {
 	t.Helper()
 	if got := float64(r.sent.Load()) / float64(len(r.blob)); got > copies {
 		t.Errorf("the registry sent %.3f copies in %d requests, want at most %.3f", got, r.gets.Load(), copies)
+	}
+}
+
+// What keeps a node from serving its containerd is told by the setting.
+func TestRunNamesTheSetting(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for setting, change := range map[string]func(*config.Config){
+		"socket": func(c *config.Config) { c.Socket = file },
+		"root":   func(c *config.Config) { c.Root = file },
+	} {
+		cfg := testConfig(t, "n", cluster.GenerateKey(), "")
+		change(&cfg)
+		n, err := New(cfg, testLog(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Run(t.Context()); err == nil || !strings.HasPrefix(err.Error(), setting+": ") {
+			t.Errorf("%s: %v", setting, err)
+		}
 	}
 }
 
