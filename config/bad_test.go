@@ -77,13 +77,14 @@ var badFiles = map[string][]string{
 		"cluster.insecure: true beside a key or certificates",
 	},
 	"metrics.bad.toml": {
-		"metrics.address: is the same as cluster.gossip_address or cluster.data_address",
+		"metrics.address: 127.0.0.1:7947 has the port of cluster.data_address (0.0.0.0:7947)",
 	},
 	"node_api.bad.toml": {
 		"node_api.socket: is the same as socket or containerd_socket",
 		"node_api.socket_mode: \"rw-rw----\" is no mode of a socket",
+		"node_api.socket_group: \"nobody-has-this\" is no group of this machine",
 		"node_api.address: given without node_api.token_file",
-		"node_api.address: is the same as cluster.gossip_address",
+		"node_api.address: [::]:7946 has the port of cluster.gossip_address (0.0.0.0:7946)",
 	},
 	"node_api_files.bad.toml": {
 		"node_api.socket: \"node.sock\" is not an absolute path",

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/user"
 	"strconv"
 	"strings"
 	"time"
@@ -103,6 +104,22 @@ func (a NodeAPI) Mode() (fs.FileMode, error) {
 	}
 	mode, err := strconv.ParseUint(a.SocketMode, 8, 32)
 	return fs.FileMode(mode), err
+}
+
+// Group returns the number of the group of the socket's file; -1 is the daemon's own. Its
+// error is that this machine has no such group.
+func (a NodeAPI) Group() (gid int, err error) {
+	if a.SocketGroup == "" {
+		return -1, nil
+	}
+	if gid, err := strconv.Atoi(a.SocketGroup); err == nil && gid >= 0 {
+		return gid, nil
+	}
+	g, err := user.LookupGroup(a.SocketGroup)
+	if err != nil {
+		return 0, fmt.Errorf("%q is no group of this machine: 'groupadd --system %s' makes it", a.SocketGroup, a.SocketGroup)
+	}
+	return strconv.Atoi(g.Gid)
 }
 
 // Default returns the settings that hold where nothing else is said. This is

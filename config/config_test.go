@@ -268,3 +268,24 @@ func FuzzLoad(f *testing.F) {
 		}
 	})
 }
+
+func TestPortsThatTakeEachOther(t *testing.T) {
+	for _, c := range []struct {
+		metrics string
+		taken   bool
+	}{
+		{"0.0.0.0:7947", true}, {"127.0.0.1:7947", true}, {":7947", true}, {"[::]:7947", true},
+		{"[::1]:7947", false}, {"127.0.0.1:7948", false}, {"127.0.0.1:0", false},
+	} {
+		cfg := Default()
+		cfg.Cluster.Insecure, cfg.Metrics.Address = true, c.metrics
+		if err := cfg.Validate(); (err != nil) != c.taken {
+			t.Errorf("%s beside %s: %v", c.metrics, cfg.Cluster.DataAddress, err)
+		}
+	}
+	n := DefaultNotifier()
+	n.Metrics.Address = "127.0.0.1:7950"
+	if err := n.Validate(); err == nil || !strings.Contains(err.Error(), "metrics.address: 127.0.0.1:7950 has the port of listen") {
+		t.Errorf("the notifier's: %v", err)
+	}
+}

@@ -62,6 +62,7 @@ func (n Notifier) Validate() error {
 	}
 	if n.Metrics.Address != "" {
 		p.listen("metrics.address", n.Metrics.Address)
+		p.distinct("metrics.address", n.Metrics.Address, listener{"listen", n.Listen})
 	}
 	if len(n.Receiver) == 0 && len(n.Poll) == 0 && !n.API.On() {
 		p.add("receiver", "there is none: add a table [receiver.NAME] for each webhook, or [poll.NAME] for each feed, or a token for [api]")

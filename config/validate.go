@@ -83,9 +83,7 @@ func (p *problems) metrics(c Config) {
 		return
 	}
 	p.listen("metrics.address", a)
-	if (a == c.Cluster.GossipAddress || a == c.Cluster.DataAddress) && !strings.HasSuffix(a, ":0") {
-		p.add("metrics.address", "is the same as cluster.gossip_address or cluster.data_address: all listen on tcp, give it a port of its own")
-	}
+	p.distinct("metrics.address", a, listener{"cluster.gossip_address", c.Cluster.GossipAddress}, listener{"cluster.data_address", c.Cluster.DataAddress})
 }
 
 func (p *problems) prefetch(c Prefetch) {
@@ -126,6 +124,9 @@ func (p *problems) nodeAPI(c Config) {
 	if _, err := a.Mode(); err != nil {
 		p.add("node_api.socket_mode", "%w", err)
 	}
+	if _, err := a.Group(); err != nil {
+		p.add("node_api.socket_group", "%w", err)
+	}
 	if a.TokenFile != "" {
 		p.file("node_api.token_file", a.TokenFile, true)
 	}
@@ -136,9 +137,8 @@ func (p *problems) nodeAPI(c Config) {
 	if a.TokenFile == "" {
 		p.add("node_api.address", "given without node_api.token_file: anyone on the network could have images pulled; make a token with 'openssl rand -hex 32'")
 	}
-	if slices.Contains([]string{c.Cluster.GossipAddress, c.Cluster.DataAddress, c.Metrics.Address}, a.Address) && !strings.HasSuffix(a.Address, ":0") {
-		p.add("node_api.address", "is the same as cluster.gossip_address, cluster.data_address or metrics.address: give it a port of its own")
-	}
+	p.distinct("node_api.address", a.Address, listener{"cluster.gossip_address", c.Cluster.GossipAddress},
+		listener{"cluster.data_address", c.Cluster.DataAddress}, listener{"metrics.address", c.Metrics.Address})
 }
 
 // Warnings returns what is allowed and probably not meant, each with its key.
@@ -182,9 +182,7 @@ func (p *problems) cluster(c Cluster) {
 	}
 	p.listen("cluster.gossip_address", c.GossipAddress)
 	p.listen("cluster.data_address", c.DataAddress)
-	if c.GossipAddress == c.DataAddress && !strings.HasSuffix(c.DataAddress, ":0") {
-		p.add("cluster.data_address", "is the same as cluster.gossip_address: both listen on tcp, give them different ports")
-	}
+	p.distinct("cluster.data_address", c.DataAddress, listener{"cluster.gossip_address", c.GossipAddress})
 	if a := c.AdvertiseAddress; a != "" {
 		if ip, err := netip.ParseAddr(a); err == nil && ip.IsUnspecified() {
 			p.add("cluster.advertise_address", "%s is every address and none: name one that other nodes can reach, or leave it empty", a)
@@ -324,6 +322,35 @@ func (p *problems) listen(key, address string) {
 	if _, err := netip.ParseAddr(host); err != nil && host != "" {
 		p.add(key, "%q: the host must be an IP address of this machine, or empty for every one", address)
 	}
+}
+
+// listener is a setting that says where is listened on tcp.
+type listener struct{ key, address string }
+
+// distinct refuses an address that cannot be listened on beside the others: one port at
+// one address, or where either is every address.
+func (p *problems) distinct(key, address string, others ...listener) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil || port == "0" {
+		return
+	}
+	for _, o := range others {
+		h, same, err := net.SplitHostPort(o.address)
+		if err == nil && same == port && (h == host || includes(h, host) || includes(host, h)) {
+			p.add(key, "%s has the port of %s (%s): all listen on tcp, give it a port of its own", address, o.key, o.address)
+			return
+		}
+	}
+}
+
+// includes says whether who listens at the first host takes the second one as well.
+func includes(all, host string) bool {
+	ip, err := netip.ParseAddr(all)
+	if all == "" || err == nil && ip == netip.IPv6Unspecified() { // which is IPv4 as well
+		return true
+	}
+	one, err := netip.ParseAddr(host)
+	return err == nil && one.Is4() && ip == netip.IPv4Unspecified()
 }
 
 // checkPeer accepts host, host:port and [v6]:port.

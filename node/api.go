@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/user"
-	"strconv"
 	"strings"
 	"time"
 
@@ -88,30 +86,17 @@ func (n *Node) listenSocket(context.Context) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if a.SocketGroup != "" {
-		gid, err := groupID(a.SocketGroup)
-		if err == nil {
-			err = os.Chown(a.Socket, -1, gid)
-		}
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("node_api.socket_group: %w", err), l.Close())
-		}
+	gid, err := a.Group()
+	if err == nil && gid >= 0 {
+		err = os.Chown(a.Socket, -1, gid)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("node_api.socket_group: %w", err), l.Close())
 	}
 	if err := os.Chmod(a.Socket, mode); err != nil {
 		return nil, errors.Join(fmt.Errorf("node_api.socket_mode: %w", err), l.Close())
 	}
 	return l, nil
-}
-
-func groupID(group string) (int, error) {
-	if gid, err := strconv.Atoi(group); err == nil && gid >= 0 {
-		return gid, nil
-	}
-	g, err := user.LookupGroup(group)
-	if err != nil {
-		return 0, err
-	}
-	return strconv.Atoi(g.Gid)
 }
 
 // listenNetwork listens on the address of the Node API.

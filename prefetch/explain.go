@@ -15,6 +15,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // platformError says that an image is not made for a platform.
@@ -85,9 +87,17 @@ func (j *job) explain(ctx context.Context, err error) error {
 		}
 		return fmt.Errorf("%s does not have it%s: %w", j.target.host, hint, err)
 	case errdefs.IsUnavailable(err):
-		return fmt.Errorf("containerd at %s does not answer: %w", j.o.ContainerdSocket, err)
+		return j.ofContainerd(err)
 	}
 	return err
+}
+
+// ofContainerd says whose error it is, and where one who does not answer was looked for.
+func (p *Puller) ofContainerd(err error) error {
+	if s := status.Code(err); errdefs.IsUnavailable(err) || s == codes.Unavailable || errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("containerd at %s does not answer: is it running, and is that its containerd_socket? (%w)", p.o.ContainerdSocket, err)
+	}
+	return fmt.Errorf("containerd at %s: %w", p.o.ContainerdSocket, err)
 }
 
 // refusal says who was refused where, and how that is changed.

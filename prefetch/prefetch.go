@@ -126,7 +126,7 @@ func (p *Puller) pull(ctx context.Context, r Request, t target, progress func(Pr
 	defer func() { err = errors.Join(err, j.close()) }()
 	ctx, release, err := j.client.WithLease(ctx, leases.WithRandomID(), leases.WithExpiration(leaseFor))
 	if err != nil {
-		return Result{}, fmt.Errorf("containerd at %s: %w", p.o.ContainerdSocket, err)
+		return Result{}, p.ofContainerd(err)
 	}
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoFor)
@@ -183,13 +183,13 @@ func (p *Puller) HasRepository(ctx context.Context, namespace, image string) (bo
 	}
 	client, err := containerd.New(p.o.ContainerdSocket, containerd.WithTimeout(dialFor))
 	if err != nil {
-		return false, fmt.Errorf("containerd at %s: %w", p.o.ContainerdSocket, err)
+		return false, p.ofContainerd(err)
 	}
 	ctx = namespaces.WithNamespace(ctx, p.namespaceOf(namespace))
 	list, err := client.ImageService().List(ctx,
 		"name~="+strconv.Quote("^"+regexp.QuoteMeta(named.Name())+"[:@]"))
 	if err = errors.Join(err, client.Close()); err != nil {
-		return false, fmt.Errorf("images of %s: containerd at %s: %w", named.Name(), p.o.ContainerdSocket, err)
+		return false, fmt.Errorf("images of %s: %w", named.Name(), p.ofContainerd(err))
 	}
 	return len(list) > 0, nil
 }
@@ -211,7 +211,7 @@ type job struct {
 func (j *job) connect() error {
 	base, err := containerd.New(j.o.ContainerdSocket, containerd.WithTimeout(dialFor))
 	if err != nil {
-		return fmt.Errorf("containerd at %s: %w", j.o.ContainerdSocket, err)
+		return j.ofContainerd(err)
 	}
 	conn, ok := base.Conn().(*grpc.ClientConn)
 	if !ok {
