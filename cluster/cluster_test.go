@@ -307,16 +307,6 @@ func TestWhoStaysOut(t *testing.T) {
 	}
 }
 
-// Who cannot be listened for is told by which setting.
-func TestGossipPortThatIsTaken(t *testing.T) {
-	first := nodeOn(t, GenerateKey(), "n0", "127.0.0.1:0", nil)
-	start(t, first.Run)
-	second := nodeOn(t, GenerateKey(), "n1", gossipAddr(t, first).String(), nil)
-	if err := second.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "cluster.gossip_address") {
-		t.Errorf("got %v", err)
-	}
-}
-
 // What fails is logged when it begins and when it ends, not at every attempt.
 func TestFailuresAreLoggedOnce(t *testing.T) {
 	key, dns, said := GenerateKey(), newDirectory(), newRecorder(slog.LevelInfo)
@@ -335,9 +325,14 @@ func TestFailuresAreLoggedOnce(t *testing.T) {
 			t.Fatal("the name is not asked again")
 		}
 	}
+	dns.set("wolves", "127.0.3.9")
+	said.await(t, "cannot join: trying again and again join=127.0.3.9:")
+	if n := said.count("\n"); n != 0 {
+		t.Errorf("%d messages are of several lines", n)
+	}
 	dns.set("wolves", "127.0.3.1")
 	awaitMembers(t, c, "n0", "n1")
-	if n := said.count("cannot join"); n != 1 {
+	if n := said.count("cannot join: trying again and again join=wolves"); n != 1 {
 		t.Errorf("the failure was logged %d times", n)
 	}
 	if n := said.count("can be joined again"); n != 1 {
@@ -351,7 +346,7 @@ func TestRunFailsOnTakenPort(t *testing.T) {
 	stop := start(t, first.Run)
 	at := gossipAddr(t, first).String()
 	second := nodeOn(t, key, "n1", at, nil)
-	if err := second.Run(t.Context()); err == nil || !strings.Contains(err.Error(), at) {
+	if err := second.Run(t.Context()); err == nil || !strings.Contains(err.Error(), at) || !strings.HasPrefix(err.Error(), "cluster.gossip_address: ") {
 		t.Fatalf("Run on a taken port: %v", err)
 	}
 	stop()
@@ -444,7 +439,9 @@ func (r *recorder) WithGroup(string) slog.Handler                { return r }
 func (r *recorder) Handle(_ context.Context, rec slog.Record) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.lines = append(r.lines, rec.Message)
+	line := rec.Message
+	rec.Attrs(func(a slog.Attr) bool { line += " " + a.String(); return true })
+	r.lines = append(r.lines, line)
 	close(r.more)
 	r.more = make(chan struct{})
 	return nil

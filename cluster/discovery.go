@@ -164,13 +164,23 @@ func (d *discovery) round(ctx context.Context) {
 					return
 				}
 				_, err := d.ml.Join([]string{a.String()})
-				d.report(a.String(), err)
+				d.report(a.String(), single(err))
 			})
 			return nil
 		})
 	}
 	_ = g.Wait() // never fails: failures are reported where they happen
 	d.forget(seen)
+}
+
+// single takes the error of one address out of memberlist's list of them, which is
+// several lines long.
+func single(err error) error {
+	var list interface{ WrappedErrors() []error }
+	if errors.As(err, &list) && len(list.WrappedErrors()) == 1 {
+		return list.WrappedErrors()[0]
+	}
+	return err
 }
 
 // exchange asks a random member for all it knows. Where hundreds of nodes
@@ -190,7 +200,7 @@ func (d *discovery) exchange() {
 	}
 	addr := addrs[rand.IntN(len(addrs))].String()
 	if _, err := d.ml.Join([]string{addr}); err != nil {
-		d.c.o.Log.Debug("gossip: no exchange", "with", addr, "err", err)
+		d.c.o.Log.Debug("gossip: no exchange", "with", addr, "err", single(err))
 	}
 }
 

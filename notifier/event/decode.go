@@ -2,7 +2,9 @@ package event
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"mime"
 	"net/http"
@@ -90,9 +92,19 @@ func formValue(d Delivery) ([]byte, error) {
 // unmarshal reads one JSON value, and nothing after it.
 func unmarshal(body []byte, into any) error {
 	if err := json.Unmarshal(body, into); err != nil {
-		return fmt.Errorf("not the JSON it should be: %w", err)
+		return otherJSON(err)
 	}
 	return nil
+}
+
+// otherJSON says what is wrong with JSON, in the sender's words and not in those of the
+// program.
+func otherJSON(err error) error {
+	var of *json.UnmarshalTypeError
+	if errors.As(err, &of) {
+		return fmt.Errorf("not the JSON it should be: %s is of the wrong type (%s)", cmp.Or(of.Field, "the whole"), of.Value)
+	}
+	return fmt.Errorf("not the JSON it should be: %w", err)
 }
 
 // timestamp reads a point in time however it is written: RFC 3339 and its

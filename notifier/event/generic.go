@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
-	"fmt"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -47,7 +46,7 @@ func generic(d Delivery, r *Result) error {
 	dec := json.NewDecoder(bytes.NewReader(d.Body))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&own); err != nil {
-		return fmt.Errorf("not the JSON it should be: %w", err)
+		return otherJSON(err)
 	}
 	if own.Image == "" {
 		r.ignore(Foreign, "no image in it")

@@ -96,6 +96,13 @@ func TestRulesAreTried(t *testing.T) {
 			}
 		})
 	}
+	for body, said := range map[string]string{
+		`[]`: "the whole is of the wrong type (array)", `{"image":1}`: "image is of the wrong type (number)", `{"image":`: "unexpected end",
+	} {
+		if _, _, err := run(t, t.Context(), body, "rules", "test", "--config", file, "-"); err == nil || !strings.Contains(err.Error(), said) || strings.Contains(err.Error(), "Go ") {
+			t.Errorf("%s: %v, should say %q", body, err, said)
+		}
+	}
 	for name, args := range map[string][]string{
 		"give one file":        {"rules", "test", "--config", file},
 		"no [receiver.x]":      {"rules", "test", "--config", file, "--receiver", "x", "-"},
