@@ -57,7 +57,8 @@ type testNode struct {
 	// Pull is what its pulls do; nil: a second each.
 	do func(ctx context.Context, r *imagewolfv1.PrefetchRequest, progress func(bytes, total int64)) (string, error)
 
-	broken atomic.Bool // Record panics
+	broken atomic.Bool     // Record panics
+	asks   func(of string) // called when the way to a member is looked for; may be nil
 
 	mu     sync.Mutex
 	gone   bool            // guarded by mu: no member
@@ -148,6 +149,9 @@ func (n *testNode) Members(context.Context) ([]Member, error) {
 
 // Peer implements Cluster.
 func (n *testNode) Peer(name string) (imagewolfv1.PrefetcherClient, error) {
+	if n.asks != nil {
+		n.asks(name)
+	}
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
 	o := n.w.nodes[name]

@@ -157,7 +157,9 @@ func (f *Fanout) nameNodes(ctx context.Context, all []*listed) []*listed {
 		room <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-room }()
-			f.nameNodesOf(ctx, l)
+			if err := f.o.Guard(func() error { f.nameNodesOf(ctx, l); return nil }); err != nil {
+				f.o.Log.Error("panic over what a member told of a prefetch", "id", l.known.start.Request.Id, "err", err)
+			}
 			named.Add(int64(len(l.known.start.Nodes)))
 		})
 	}

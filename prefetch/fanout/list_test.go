@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
@@ -61,4 +62,23 @@ func TestListsHaveOnlySoManyNodes(t *testing.T) {
 			t.Errorf("%d requests, want %d", got, c.want)
 		}
 	}
+}
+
+// A panic over one request of a list costs the list that request's nodes, and nothing else.
+func TestListContainsPanics(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a, b := w.add("a", nil), w.add("b", map[string]string{"is": "b"})
+		id := prefetchOn(t, b, &imagewolfv1.PrefetchRequest{Image: image, Nodes: &imagewolfv1.NodeSelection{Labels: "is=b"}}).Request.Id
+		asked := 0
+		a.asks = func(string) {
+			if asked++; asked == 2 { // first for the list, then for the request's nodes
+				panic("oh")
+			}
+		}
+		all, err := a.Node().ListPrefetches(t.Context(), &imagewolfv1.ListPrefetchesRequest{})
+		if err != nil || asked != 2 || len(all.Prefetches) != 1 || all.Prefetches[0].Request.Id != id {
+			t.Errorf("%v, %v, asked %d times", all, err, asked)
+		}
+	})
 }
