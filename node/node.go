@@ -47,8 +47,9 @@ type Node struct {
 	metrics  *metrics.Metrics
 	meter    meter
 	inflow   *inflow
-	store    *store.Store // set by Run before anything else starts
-	engine   engine       // set by Run, as store is
+	listen   func(path string) (net.Listener, error) // for containerd
+	store    *store.Store                            // set by Run before anything else starts
+	engine   engine                                  // set by Run, as store is
 	fanout   *fanout.Fanout
 
 	mu       sync.Mutex
@@ -85,7 +86,7 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 	}
 	n := &Node{
 		cfg: cfg, log: log, identity: id, book: newBook(), inflow: newInflow(log),
-		held: map[digest.Digest]int64{}, sessions: map[digest.Digest]*entry{},
+		held: map[digest.Digest]int64{}, sessions: map[digest.Digest]*entry{}, listen: proxy.Listen,
 	}
 	n.metrics = n.newMetrics()
 	n.fanout = n.newFanout()
@@ -102,7 +103,7 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 // that cannot be listened on. Nothing that happens in the cluster ends it. When
 // ctx ends it goes on while a blob is being pulled, for at most 10 seconds.
 func (n *Node) Run(ctx context.Context) (err error) {
-	l, err := proxy.Listen(n.cfg.Socket)
+	l, err := n.listen(n.cfg.Socket)
 	if err != nil {
 		return fmt.Errorf("socket: %w", err)
 	}
@@ -135,7 +136,8 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	})
 	g.Go(func() error { return n.store.Run(ctx) })
 	g.Go(func() error { n.runStack(inCluster); return nil })
-	g.Go(func() error { n.watch(ctx); return nil })
+	socket := l.Addr().String() // systemd's own, if it handed one over
+	g.Go(func() error { n.watch(ctx, socket); return nil })
 	g.Go(func() error { n.runPrefetch(ctx); return nil }) // what it pulls goes on when the node is back
 	if n.cfg.NodeAPI.Socket != "" {
 		g.Go(func() error { n.runAPI(ctx, "node_api.socket", n.listenSocket); return nil })
@@ -149,7 +151,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	if a := n.cfg.Metrics.Address; a != "" {
 		g.Go(func() error { n.metrics.Serve(ctx, a, n.log); return nil })
 	}
-	n.log.Info("serving containerd", "socket", n.cfg.Socket, "root", n.cfg.Root)
+	n.log.Info("serving containerd", "socket", socket, "root", n.cfg.Root)
 	systemd.Tell(n.log, systemd.Ready)
 	<-ctx.Done()
 	systemd.Tell(n.log, systemd.Stopping)

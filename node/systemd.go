@@ -17,11 +17,11 @@ import (
 )
 
 // watch keeps systemd's watchdog quiet for as long as containerd would be
-// answered; without a watchdog it returns at once. It asks through the socket,
+// answered; without a watchdog it returns at once. It asks through the socket at a path,
 // as containerd does: a daemon that hangs there holds up every pull of the node,
 // and is better started again.
-func (n *Node) watch(ctx context.Context) {
-	conn, err := dialSocket(n.cfg.Socket)
+func (n *Node) watch(ctx context.Context, socket string) {
+	conn, err := dialSocket(socket)
 	if err != nil {
 		n.log.Error("systemd's watchdog is not served", "err", err)
 		return

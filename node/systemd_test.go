@@ -13,6 +13,7 @@ import (
 
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/internal/systemd/systemdtest"
+	"github.com/imagewolf/imagewolf/proxy"
 )
 
 // TestSystemdIsTold: that the node is ready, that it lives, and that it stops.
@@ -26,6 +27,8 @@ func TestSystemdIsTold(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// systemd may hand over a socket at another path than the settings have.
+	n.listen = func(string) (net.Listener, error) { return proxy.Bind(filepath.Join(dir, "systemd's")) }
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- n.Run(ctx) }()
