@@ -291,9 +291,7 @@ func TestWaitingForGossip(t *testing.T) {
 		said, _ := hello(context.WithoutCancel(t.Context()), id.Dial, port)
 		late <- said
 	}()
-	for len(port.waiting) == 0 {
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "the port waits for a stranger", func() bool { return len(port.waiting) > 0 })
 	if got, err := hello(t.Context(), keyed(t, key, "stranger").Dial, port); got != "" || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("beyond the bound a stranger hears %q, %v", got, err)
 	}
@@ -315,9 +313,7 @@ func TestPortEndsWhileStrangersWait(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close() //nolint:errcheck // closed from the other side
-	for len(port.waiting) == 0 {
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "the port waits for a stranger", func() bool { return len(port.waiting) > 0 })
 	stop()
 	if said, err := hear(conn); said != "" || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("heard %q, %v", said, err)

@@ -56,3 +56,19 @@ func start(t *testing.T, f func(context.Context) error) (stop func()) {
 	t.Cleanup(stop)
 	return stop
 }
+
+// eventually polls for what nothing announces.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	limit := time.NewTimer(patience)
+	defer limit.Stop()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-tick.C:
+		case <-limit.C:
+			t.Fatalf("not after %v: %s", patience, what)
+		}
+	}
+}

@@ -304,9 +304,7 @@ func TestSilentStrangersAreBounded(t *testing.T) {
 			t.Errorf("a silent stranger was told %q", s)
 		}
 	}
-	for len(p.slots) > 0 { // it is given back just after the connection has ended
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "the slot is given back, just after the connection has ended", func() bool { return len(p.slots) == 0 })
 	if got := greeting(t, keyed(t, key, "a"), p); got != "hello a" {
 		t.Errorf("after the strangers a member hears %q", got)
 	}

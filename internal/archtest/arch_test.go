@@ -200,27 +200,157 @@ func TestMainIsThin(t *testing.T) {
 	}
 }
 
-// Unit tests sleep in virtual time only.
+// Unit tests sleep in virtual time only: in functions that make a bubble with
+// testing/synctest, or that only such functions use. Benchmarks measure real time
+// and may.
 func TestNoUnitTestWaitsForRealTime(t *testing.T) {
-	all, virtual := sources(t), map[string]bool{} // by directory: a bubble may be made by a helper of another file
-	for _, s := range all {
-		if slices.ContainsFunc(s.file.Imports, func(i *ast.ImportSpec) bool { return i.Path.Value == `"testing/synctest"` }) {
-			virtual[filepath.Dir(s.path)] = true
+	packages := map[string][]source{}
+	for _, s := range sources(t) {
+		if s.test {
+			packages[filepath.Dir(s.path)] = append(packages[filepath.Dir(s.path)], s)
 		}
 	}
-	for _, s := range all {
-		if !s.test || virtual[filepath.Dir(s.path)] {
+	for _, files := range packages {
+		for _, at := range realSleeps(files) {
+			t.Errorf("%s sleeps: wait for an event, or use testing/synctest", at)
+		}
+	}
+}
+
+// The rule above finds what it is to find, and nothing else.
+func TestRealSleepsAreFound(t *testing.T) {
+	const code = `package p
+func TestReal(t *testing.T) { time.Sleep(1) }
+func TestReached(t *testing.T) { helper(); x := late{} }
+func helper() { deeper() }
+func deeper() { time.Sleep(1) }
+type late struct{}
+func (*late) Read() { time.Sleep(1) }
+var table = []func(){ func() { time.Sleep(1) } }
+func TestBubble(t *testing.T) { synctest.Test(t, func(t *testing.T) { time.Sleep(1); virtual(); x := never{} }) }
+func TestWrapped(t *testing.T) { bubble(t, func() { time.Sleep(1); virtual() }) }
+func bubble(t *testing.T, f func()) { synctest.Test(t, func(*testing.T) { f() }) }
+func virtual() { time.Sleep(1) }
+type never struct{}
+func (*never) Read() { time.Sleep(1) }
+func BenchmarkReal(b *testing.B) { time.Sleep(1) }
+`
+	fset := token.NewFileSet()
+	file, err := parser.ParseFile(fset, "p_test.go", code, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := realSleeps([]source{{path: "p_test.go", test: true, fset: fset, file: file}})
+	slices.Sort(got)
+	if want := []string{"p_test.go:2", "p_test.go:5", "p_test.go:7", "p_test.go:8"}; !slices.Equal(got, want) {
+		t.Errorf("found %v, want %v", got, want)
+	}
+}
+
+// realSleeps returns where the test files of one package call time.Sleep in real
+// time: in tests that make no bubble, in the package's variables, and in what these
+// name, and so on. A method is named with its type.
+func realSleeps(files []source) []string {
+	type place struct {
+		ast.Node
+		source
+	}
+	named := map[string][]place{} // what a name stands for
+	bubbles := map[string]bool{}  // functions that run another in a bubble
+	var todo []place
+	for _, s := range files {
+		for _, d := range s.file.Decls {
+			for _, n := range parts(d) {
+				name := nameOf(n)
+				if name == "" {
+					todo = append(todo, place{n, s})
+					continue
+				}
+				named[name] = append(named[name], place{n, s})
+				bubbles[name] = bubbles[name] || mentions(n, func(n ast.Node) bool { return isSelector(n, "synctest", "Test") })
+			}
+		}
+	}
+	var found []string
+	for len(todo) > 0 {
+		p := todo[0]
+		todo = todo[1:]
+		if mentions(p.Node, func(n ast.Node) bool {
+			id, ok := n.(*ast.Ident)
+			return isSelector(n, "synctest", "Test") || ok && bubbles[id.Name]
+		}) {
 			continue
 		}
-		ast.Inspect(s.file, func(n ast.Node) bool {
-			sel, ok := n.(*ast.SelectorExpr)
-			if !ok {
-				return true
+		ast.Inspect(p.Node, func(n ast.Node) bool {
+			if isSelector(n, "time", "Sleep") {
+				found = append(found, p.path+":"+strconv.Itoa(p.fset.Position(n.Pos()).Line))
 			}
-			if x, ok := sel.X.(*ast.Ident); ok && x.Name == "time" && sel.Sel.Name == "Sleep" {
-				t.Errorf("%s:%d sleeps: wait for an event, or use testing/synctest", s.path, s.fset.Position(n.Pos()).Line)
+			if id, ok := n.(*ast.Ident); ok {
+				todo = append(todo, named[id.Name]...)
+				delete(named, id.Name)
 			}
 			return true
 		})
 	}
+	return found
+}
+
+// parts returns a function's declaration, or each thing that others declare.
+func parts(d ast.Decl) []ast.Node {
+	g, ok := d.(*ast.GenDecl)
+	if !ok {
+		return []ast.Node{d}
+	}
+	var all []ast.Node
+	for _, s := range g.Specs {
+		all = append(all, s)
+	}
+	return all
+}
+
+// nameOf returns what must be named for something to be used: a function's name, a
+// type's, a method's type's; "" for what is used without that.
+func nameOf(n ast.Node) string {
+	switch n := n.(type) {
+	case *ast.TypeSpec:
+		return n.Name.Name
+	case *ast.FuncDecl:
+		if n.Recv == nil {
+			for _, kind := range []string{"Test", "Fuzz", "Example", "init"} {
+				if strings.HasPrefix(n.Name.Name, kind) {
+					return ""
+				}
+			}
+			return n.Name.Name
+		}
+		name := ""
+		ast.Inspect(n.Recv.List[0].Type, func(n ast.Node) bool {
+			if id, ok := n.(*ast.Ident); ok && name == "" {
+				name = id.Name
+			}
+			return name == ""
+		})
+		return name
+	}
+	return ""
+}
+
+// mentions says whether anything in n is as f says.
+func mentions(n ast.Node, f func(ast.Node) bool) bool {
+	found := false
+	ast.Inspect(n, func(n ast.Node) bool {
+		found = found || n != nil && f(n)
+		return !found
+	})
+	return found
+}
+
+// isSelector says whether an expression is a name of a package.
+func isSelector(n ast.Node, pkg, name string) bool {
+	sel, ok := n.(*ast.SelectorExpr)
+	if !ok || sel.Sel.Name != name {
+		return false
+	}
+	x, ok := sel.X.(*ast.Ident)
+	return ok && x.Name == pkg
 }
