@@ -5,6 +5,8 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"slices"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // maxTrackers bounds the nodes that track, and with them the control
@@ -40,4 +42,14 @@ func rank(key string, members []Member) []Member {
 func trackersOf(members []Member) []Member {
 	ranked := rank("imagewolf tracker nodes", members)
 	return slices.Clip(ranked[:min(len(ranked), maxTrackers)])
+}
+
+// TrackerOf returns which of the given tracker nodes tracks a blob, and false if
+// there is none.
+func TrackerOf(d digest.Digest, trackers []Member) (Member, bool) {
+	ranked := rank(d.String(), trackers)
+	if len(ranked) == 0 {
+		return Member{}, false
+	}
+	return ranked[0], true
 }

@@ -36,6 +36,9 @@ const (
 	// hastyRejoins is how many trackers in a row may end the stream within
 	// rejoinEvery before the session does without one for that long.
 	hastyRejoins = 3
+	// retryLost is how often a session that has lost its tracker, and whose bytes
+	// may come without one for a while, looks for the next.
+	retryLost = 100 * time.Millisecond
 	// maxRetracted is how often bytes of a blob are taken back from a session
 	// before it goes by the registry alone.
 	maxRetracted = 4
@@ -73,6 +76,7 @@ type session struct {
 	offers  *offers     // nil like blob
 	tracker trackerSession
 	joined  time.Time // when the tracker was last reached
+	lostAt  time.Time // when the session was last left without; zero while it has not been
 	retryAt time.Time // when to look for a tracker again; zero while there is one
 	hasty   int       // joins in a row that ended at once
 	resumed bool      // has been a member before
@@ -237,7 +241,9 @@ func (s *session) messages() <-chan *apiv1.TrackerMessage {
 }
 
 // join looks for the blob's tracker for at most the decide timeout. Without
-// one, a client that waits is sent to the registry at once.
+// one, a client that waits is sent to the registry at once, or, if there was one
+// before, when that has been gone for the stall timeout: all members look for the
+// next at the same moment, and what is on its way comes without one.
 func (s *session) join(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, s.node.cfg.Tracker.DecideTimeout.Duration())
 	defer cancel()
@@ -252,6 +258,11 @@ func (s *session) join(ctx context.Context) {
 	}
 	ts, err := s.stack.tracker.Join(ctx, hello)
 	if err != nil {
+		if time.Since(s.lostAt) < s.node.cfg.Tracker.StallTimeout.Duration() {
+			s.log.Debug("no tracker yet", "err", err)
+			s.retryAt = time.Now().Add(retryLost)
+			return
+		}
 		s.log.Info("no tracker: going to the registry", "err", err)
 		s.retryAt = time.Now().Add(rejoinEvery)
 		s.fetch(metrics.NoTracker)
@@ -266,7 +277,7 @@ func (s *session) join(ctx context.Context) {
 func (s *session) lost(ctx context.Context) {
 	err := s.tracker.Err()
 	s.tracker.Close()
-	s.tracker = nil
+	s.tracker, s.lostAt = nil, time.Now()
 	// Trackers that end the stream at once must not be asked in a circle.
 	if s.hasty++; time.Since(s.joined) >= rejoinEvery || errors.Is(err, tracker.ErrMoved) {
 		s.hasty = 0

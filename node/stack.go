@@ -47,6 +47,7 @@ type stack struct {
 	registrar *tracker.Registrar
 
 	prefetchers *prefetchers
+	office      office
 
 	seeds   sync.WaitGroup  // sessions that serve started
 	crashed chan error      // has room for one: a panic that ends run
@@ -85,6 +86,7 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 		StallTimeout: cfg.Tracker.StallTimeout.Duration(),
 		MaxWait:      cfg.Tracker.MaxWait.Duration(),
 		Members:      func() int { return len(c.Members()) },
+		TakesOver:    func(d digest.Digest) bool { return st.office.isNew(time.Now(), d, c.Self().Name) },
 		Layout: func(size int64) tracker.Layout {
 			l := swarm.LayoutOf(size)
 			return tracker.Layout{Segments: l.Segments(), SegmentSize: l.SegmentSize, Pieces: l.Pieces}
@@ -195,8 +197,10 @@ func (st *stack) follow(ctx context.Context) error {
 	defer time.AfterFunc(companyGrace, meet).Stop()
 	for {
 		changed := st.cluster.Changed()
+		trackers := st.cluster.TrackerNodes()
+		st.office.note(time.Now(), trackers)
 		var addresses []string
-		for _, m := range st.cluster.TrackerNodes() {
+		for _, m := range trackers {
 			addresses = append(addresses, m.Address)
 		}
 		warmer.Keep(ctx, addresses)

@@ -73,11 +73,14 @@ type ClientOptions struct {
 type Client struct {
 	o     ClientOptions
 	conns *conns
-	joins sync.WaitGroup // calls of Join
+	joins sync.WaitGroup // calls of Join, and what reach does
+	ctx   context.Context
+	stop  context.CancelFunc // ends what reach does
 
 	mu       sync.Mutex
 	closed   bool                  // guarded by mu
 	sessions map[*Session]struct{} // guarded by mu
+	reaching map[string]bool       // trackers that are being connected to, by address; guarded by mu
 	failed   map[string]time.Time  // tracker address -> until when it is avoided; guarded by mu
 }
 
@@ -86,10 +89,13 @@ func NewClient(o ClientOptions) *Client {
 	if o.Contain == nil {
 		o.Contain = func(f func()) { f() }
 	}
+	ctx, stop := context.WithCancel(context.Background())
 	return &Client{
-		o:        o,
+		o:   o,
+		ctx: ctx, stop: stop,
 		conns:    &conns{dial: o.Dial, byAddr: map[string]*conn{}},
 		sessions: map[*Session]struct{}{},
+		reaching: map[string]bool{},
 		failed:   map[string]time.Time{},
 	}
 }
@@ -103,6 +109,7 @@ func (c *Client) Close() error {
 		s.cancel()
 	}
 	c.mu.Unlock()
+	c.stop()
 	c.joins.Wait()
 	for _, s := range c.open() {
 		s.Close()
@@ -138,12 +145,17 @@ func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
 	hello.Zone = c.o.Zone
 	trackers := c.inOrder(d)
 	failure := ErrNoTracker
+	var late []Peer // those that there was no connection to in time
 	for i, t := range trackers {
 		if ctx.Err() != nil {
 			break
 		}
+		connected := c.conns.ready(t.Address)
 		s, err := c.try(ctx, t, hello, len(trackers)-i-1)
 		if err == nil {
+			for _, l := range late {
+				c.reach(l)
+			}
 			return s, nil
 		}
 		if errors.Is(err, ErrClosed) || refused(err) {
@@ -152,6 +164,9 @@ func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
 		failure = fmt.Errorf("%w; %s: %w", failure, t.Name, err)
 		if errors.Is(err, context.DeadlineExceeded) {
 			c.avoid(t)
+			if !connected {
+				late = append(late, t)
+			}
 		}
 	}
 	return nil, fmt.Errorf("join %s: %w", d, failure)
@@ -255,22 +270,6 @@ func (c *Client) newSession(ctx context.Context, t Peer, d digest.Digest) (*Sess
 	}
 	c.sessions[s] = struct{}{}
 	return s, nil
-}
-
-// TrackersChanged ends, with ErrMoved, the sessions that are not at their
-// blob's best tracker any more. To be called when membership has changed.
-func (c *Client) TrackersChanged() {
-	for _, s := range c.open() {
-		c.mu.Lock()
-		joined := s.joined
-		c.mu.Unlock()
-		// One that is with the next best because the best does not answer
-		// stays there for as long as that is so.
-		if all := c.o.Trackers(s.digest); joined && len(all) > 0 && all[0] != s.tracker && !c.avoided(all[0]) {
-			s.fail(ErrMoved)
-			s.cancel()
-		}
-	}
 }
 
 // conns caches connections by address. One that nobody uses is closed after a

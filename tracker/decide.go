@@ -94,7 +94,7 @@ func (m *Machine) supplied(now time.Time) bool {
 
 // fill tells somebody to fetch, now or at the end of a grace.
 func (m *Machine) fill(now time.Time) {
-	if now.Before(m.resumeUntil) {
+	if m.expects(now) {
 		m.wakeAt(m.resumeUntil)
 		return
 	}
@@ -114,7 +114,7 @@ func (m *Machine) fill(now time.Time) {
 	} else {
 		m.loadedSince = time.Time{}
 	}
-	if !m.begun && best.rank > 0 && (m.count == nil || len(m.list) < m.count()) {
+	if !m.begun && best.rank > 0 && !m.everyone() {
 		if m.graceUntil.IsZero() {
 			m.graceUntil = now.Add(decideGrace)
 		}

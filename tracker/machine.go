@@ -35,9 +35,6 @@ const (
 	// open for more members to join, when the first one is busy with an
 	// earlier blob. Nodes that pull the same image are this far apart.
 	decideGrace = 30 * time.Millisecond
-	// resumeGrace is how long a tracker that has just taken over waits for
-	// the fetcher that its first resumed member tells it may exist.
-	resumeGrace = time.Second
 	// nudgeAfter is how long a leecher may go without progress before it is
 	// given more peers.
 	nudgeAfter = time.Second
@@ -123,6 +120,8 @@ type MachineOptions struct {
 	// Members is how many nodes the cluster has now; nil if unknown. Once
 	// all of them have joined there is no one left to wait for.
 	Members func() int
+	// TakesOver says that members may be at another tracker, and on their way here.
+	TakesOver bool
 	// Layout cuts a blob of the given size (bytes) into segments.
 	Layout func(size int64) Layout
 }
@@ -164,11 +163,15 @@ type Machine struct {
 	starving int                  // leechers that lack bytes
 	fastest  int64                // bytes/s: the most that a member has said it had from a registry
 
+	takesOver bool            // nobody has joined yet, and members may be at another tracker
+	resumed   bool            // a member has come from another tracker
+	movers    map[string]bool // fetchers that went to another tracker, by name
+
 	begun       bool      // a fetcher has been told before
 	vacant      time.Time // since when leechers starve without a fetcher
 	progressed  time.Time // when any member last had more bytes
 	graceUntil  time.Time
-	resumeUntil time.Time
+	resumeUntil time.Time     // until when members from another tracker are waited for
 	newest      time.Time     // when a segment was last held for the first time
 	pace        time.Duration // how long a segment takes from one place to the next
 	loadedSince time.Time     // since when every candidate is too busy
@@ -193,13 +196,16 @@ func NewMachine(d digest.Digest, size int64, o MachineOptions) *Machine {
 		size:    size,
 		stall:   cmp.Or(o.StallTimeout, DefaultStallTimeout),
 		maxWait: o.MaxWait,
-		count:   o.Members,
-		hash:    hashString(d.String()),
-		members: map[string]*member{},
-		seeders: map[string]*seeder{},
-		zones:   map[string][]*member{},
-		bad:     map[string][]string{},
-		mute:    map[string][]string{},
+
+		takesOver: o.TakesOver,
+		count:     o.Members,
+		hash:      hashString(d.String()),
+		members:   map[string]*member{},
+		seeders:   map[string]*seeder{},
+		zones:     map[string][]*member{},
+		bad:       map[string][]string{},
+		mute:      map[string][]string{},
+		movers:    map[string]bool{},
 	}
 	if !m.small() {
 		m.layout = o.Layout(size)
@@ -250,8 +256,12 @@ func (m *Machine) Join(now time.Time, hello *api.Hello) ([]Command, error) {
 	for _, a := range hello.GetAnnounced() {
 		m.announce(now, x, a)
 	}
-	if hello.GetResumed() && m.resumeUntil.IsZero() {
-		m.resumeUntil = now.Add(resumeGrace)
+	if m.takesOver {
+		m.takesOver = false
+		m.resumeUntil = now.Add(takeoverGrace)
+	}
+	if hello.GetResumed() {
+		m.resumes(now)
 	}
 	if s := m.seeders[name]; s != nil && x.whole {
 		s.asked = now

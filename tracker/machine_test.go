@@ -40,7 +40,7 @@ func testLayout(size int64) Layout {
 //	<time> <event> [member] [args...] [> command, command...]
 //
 // Commands are compared as a sorted set; a line without > wants none. Events:
-// join, status (key=value and flags), leave, announce <segment> [hashes],
+// join, status (key=value and flags), leave, move, announce <segment> [hashes],
 // inline [text], ask [silent...], bad [own], seeder, unseeder, tick. Before a line's
 // event the machine is ticked as it asks for; what that yields counts for a
 // tick line and is an error before any other.
@@ -56,6 +56,12 @@ func runScript(t *testing.T, d digest.Digest, size int64, members int, lines str
 	if members > 0 {
 		o.Members = func() int { return members }
 	}
+	return play(t, d, size, o, lines)
+}
+
+// play is runScript with options.
+func play(t *testing.T, d digest.Digest, size int64, o MachineOptions, lines string) *Machine {
+	t.Helper()
 	s := &script{t: t, m: NewMachine(d, size, o), stat: map[string]*api.Status{}}
 	for line := range strings.Lines(lines) {
 		line = strings.TrimSpace(line)
@@ -112,6 +118,8 @@ func (s *script) event(now time.Time, f []string) []Command {
 		return s.m.Tick(now)
 	case "leave":
 		return s.m.Leave(now, name)
+	case "move":
+		return s.m.Move(now, name)
 	case "seeder":
 		zone := ""
 		if len(f) > 2 {

@@ -27,6 +27,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type testNet struct {
 	t     *testing.T
 	pipes bool
+	hold  chan struct{} // not nil: servers take nothing until it is closed
 
 	mu      sync.Mutex
 	servers map[string]*testServer
@@ -73,7 +74,13 @@ func (n *testNet) serve(name string, change func(o *ServerOptions)) *testServer 
 			n.t.Error(err)
 		}
 	})
-	ts.wg.Go(func() { _ = ts.g.Serve(l) }) // ends with Stop
+	hold := n.hold
+	ts.wg.Go(func() {
+		if hold != nil {
+			<-hold
+		}
+		_ = ts.g.Serve(l) // ends with Stop
+	})
 	n.mu.Lock()
 	n.servers[ts.peer.Address] = ts
 	n.order = append(n.order, ts.peer)

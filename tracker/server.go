@@ -43,6 +43,9 @@ type ServerOptions struct {
 	MaxWait time.Duration
 	// Members is how many nodes the cluster has now; nil if unknown.
 	Members func() int
+	// TakesOver says whether this node has just become the blob's tracker, or
+	// stands in for one that others may still be at; nil: never.
+	TakesOver func(d digest.Digest) bool
 	// Layout cuts a blob of the given size (bytes) into segments. Required.
 	Layout func(size int64) Layout
 	// PeerName is the name that the caller of an RPC has proven; a stream
@@ -370,6 +373,7 @@ func (b *blob) open(size int64) error {
 	if err := b.run(func(*Machine, time.Time) ([]Command, error) {
 		b.machine = NewMachine(b.digest, size, MachineOptions{
 			StallTimeout: b.s.o.StallTimeout, MaxWait: b.s.o.MaxWait, Members: b.s.o.Members, Layout: b.s.o.Layout,
+			TakesOver: b.s.o.TakesOver != nil && b.s.o.TakesOver(b.digest),
 		})
 		return nil, nil
 	}); err != nil {

@@ -83,6 +83,8 @@ type joinStream struct {
 	// counted says that the stream is one of its member's; the receiving
 	// goroutine's.
 	counted bool
+	// moved says that its member goes on at another tracker; as counted.
+	moved bool
 }
 
 // Join serves one member of one blob for as long as its stream lives.
@@ -108,6 +110,10 @@ func (v service) Join(stream api.Tracker_JoinServer) error {
 				msg, err := stream.Recv()
 				if err != nil {
 					return err
+				}
+				if msg.GetMoved() != nil {
+					st.moved = true
+					return nil
 				}
 				if msg.GetBad() != nil {
 					v.s.o.Counter.Mismatched()
@@ -200,7 +206,12 @@ func (st *joinStream) leave() {
 	}
 	delete(b.members, st.name)
 	if len(b.members) > 0 { // without members the machine goes anyway
-		_ = b.run(func(m *Machine, now time.Time) ([]Command, error) { return m.Leave(now, st.name), nil })
+		_ = b.run(func(m *Machine, now time.Time) ([]Command, error) {
+			if st.moved {
+				return m.Move(now, st.name), nil
+			}
+			return m.Leave(now, st.name), nil
+		})
 	}
 	b.reap()
 }

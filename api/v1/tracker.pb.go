@@ -87,6 +87,7 @@ type MemberMessage struct {
 	//	*MemberMessage_Inline
 	//	*MemberMessage_Ask
 	//	*MemberMessage_Bad
+	//	*MemberMessage_Moved
 	Message       isMemberMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -183,6 +184,15 @@ func (x *MemberMessage) GetBad() *Bad {
 	return nil
 }
 
+func (x *MemberMessage) GetMoved() *Moved {
+	if x != nil {
+		if x, ok := x.Message.(*MemberMessage_Moved); ok {
+			return x.Moved
+		}
+	}
+	return nil
+}
+
 type isMemberMessage_Message interface {
 	isMemberMessage_Message()
 }
@@ -211,6 +221,10 @@ type MemberMessage_Bad struct {
 	Bad *Bad `protobuf:"bytes,6,opt,name=bad,proto3,oneof"`
 }
 
+type MemberMessage_Moved struct {
+	Moved *Moved `protobuf:"bytes,7,opt,name=moved,proto3,oneof"`
+}
+
 func (*MemberMessage_Hello) isMemberMessage_Message() {}
 
 func (*MemberMessage_Announce) isMemberMessage_Message() {}
@@ -222,6 +236,8 @@ func (*MemberMessage_Inline) isMemberMessage_Message() {}
 func (*MemberMessage_Ask) isMemberMessage_Message() {}
 
 func (*MemberMessage_Bad) isMemberMessage_Message() {}
+
+func (*MemberMessage_Moved) isMemberMessage_Message() {}
 
 // Hello opens a membership and repeats all that the member has, so that a
 // tracker that has just taken over knows as much as the one before it.
@@ -642,6 +658,44 @@ func (x *Bad) GetOwn() bool {
 	return false
 }
 
+// Moved is a member's last message: it goes on with the blob at another tracker,
+// which it can reach. The tracker ends the stream.
+type Moved struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Moved) Reset() {
+	*x = Moved{}
+	mi := &file_api_v1_tracker_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Moved) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Moved) ProtoMessage() {}
+
+func (x *Moved) ProtoReflect() protoreflect.Message {
+	mi := &file_api_v1_tracker_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Moved.ProtoReflect.Descriptor instead.
+func (*Moved) Descriptor() ([]byte, []int) {
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{8}
+}
+
 type TrackerMessage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -658,7 +712,7 @@ type TrackerMessage struct {
 
 func (x *TrackerMessage) Reset() {
 	*x = TrackerMessage{}
-	mi := &file_api_v1_tracker_proto_msgTypes[8]
+	mi := &file_api_v1_tracker_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -670,7 +724,7 @@ func (x *TrackerMessage) String() string {
 func (*TrackerMessage) ProtoMessage() {}
 
 func (x *TrackerMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[8]
+	mi := &file_api_v1_tracker_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -683,7 +737,7 @@ func (x *TrackerMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrackerMessage.ProtoReflect.Descriptor instead.
 func (*TrackerMessage) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{8}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *TrackerMessage) GetMessage() isTrackerMessage_Message {
@@ -781,7 +835,7 @@ type Wait struct {
 
 func (x *Wait) Reset() {
 	*x = Wait{}
-	mi := &file_api_v1_tracker_proto_msgTypes[9]
+	mi := &file_api_v1_tracker_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +847,7 @@ func (x *Wait) String() string {
 func (*Wait) ProtoMessage() {}
 
 func (x *Wait) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[9]
+	mi := &file_api_v1_tracker_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +860,7 @@ func (x *Wait) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Wait.ProtoReflect.Descriptor instead.
 func (*Wait) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{9}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{10}
 }
 
 // Fetch means: send a waiting client to the registry, from the prefix.
@@ -818,7 +872,7 @@ type Fetch struct {
 
 func (x *Fetch) Reset() {
 	*x = Fetch{}
-	mi := &file_api_v1_tracker_proto_msgTypes[10]
+	mi := &file_api_v1_tracker_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -830,7 +884,7 @@ func (x *Fetch) String() string {
 func (*Fetch) ProtoMessage() {}
 
 func (x *Fetch) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[10]
+	mi := &file_api_v1_tracker_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -843,7 +897,7 @@ func (x *Fetch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fetch.ProtoReflect.Descriptor instead.
 func (*Fetch) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{10}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{11}
 }
 
 // Retract means: what came from other members so far is wrong, and the one who
@@ -857,7 +911,7 @@ type Retract struct {
 
 func (x *Retract) Reset() {
 	*x = Retract{}
-	mi := &file_api_v1_tracker_proto_msgTypes[11]
+	mi := &file_api_v1_tracker_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -869,7 +923,7 @@ func (x *Retract) String() string {
 func (*Retract) ProtoMessage() {}
 
 func (x *Retract) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[11]
+	mi := &file_api_v1_tracker_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -882,7 +936,7 @@ func (x *Retract) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retract.ProtoReflect.Descriptor instead.
 func (*Retract) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{11}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{12}
 }
 
 // Segment names peers for one segment. With pieces set it is also the
@@ -898,7 +952,7 @@ type Segment struct {
 
 func (x *Segment) Reset() {
 	*x = Segment{}
-	mi := &file_api_v1_tracker_proto_msgTypes[12]
+	mi := &file_api_v1_tracker_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -910,7 +964,7 @@ func (x *Segment) String() string {
 func (*Segment) ProtoMessage() {}
 
 func (x *Segment) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[12]
+	mi := &file_api_v1_tracker_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -923,7 +977,7 @@ func (x *Segment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Segment.ProtoReflect.Descriptor instead.
 func (*Segment) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{12}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Segment) GetSegment() uint32 {
@@ -959,7 +1013,7 @@ type RegisterMessage struct {
 
 func (x *RegisterMessage) Reset() {
 	*x = RegisterMessage{}
-	mi := &file_api_v1_tracker_proto_msgTypes[13]
+	mi := &file_api_v1_tracker_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -971,7 +1025,7 @@ func (x *RegisterMessage) String() string {
 func (*RegisterMessage) ProtoMessage() {}
 
 func (x *RegisterMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[13]
+	mi := &file_api_v1_tracker_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -984,7 +1038,7 @@ func (x *RegisterMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterMessage.ProtoReflect.Descriptor instead.
 func (*RegisterMessage) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{13}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RegisterMessage) GetSelf() *Peer {
@@ -1025,7 +1079,7 @@ type Held struct {
 
 func (x *Held) Reset() {
 	*x = Held{}
-	mi := &file_api_v1_tracker_proto_msgTypes[14]
+	mi := &file_api_v1_tracker_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1037,7 +1091,7 @@ func (x *Held) String() string {
 func (*Held) ProtoMessage() {}
 
 func (x *Held) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[14]
+	mi := &file_api_v1_tracker_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1050,7 +1104,7 @@ func (x *Held) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Held.ProtoReflect.Descriptor instead.
 func (*Held) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{14}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Held) GetDigest() string {
@@ -1077,7 +1131,7 @@ type RegisterCommand struct {
 
 func (x *RegisterCommand) Reset() {
 	*x = RegisterCommand{}
-	mi := &file_api_v1_tracker_proto_msgTypes[15]
+	mi := &file_api_v1_tracker_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1089,7 +1143,7 @@ func (x *RegisterCommand) String() string {
 func (*RegisterCommand) ProtoMessage() {}
 
 func (x *RegisterCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[15]
+	mi := &file_api_v1_tracker_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1102,7 +1156,7 @@ func (x *RegisterCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterCommand.ProtoReflect.Descriptor instead.
 func (*RegisterCommand) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{15}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RegisterCommand) GetServe() string {
@@ -1119,14 +1173,15 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\x14api/v1/tracker.proto\x12\fimagewolf.v1\"4\n" +
 	"\x04Peer\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xab\x02\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xd8\x02\n" +
 	"\rMemberMessage\x12+\n" +
 	"\x05hello\x18\x01 \x01(\v2\x13.imagewolf.v1.HelloH\x00R\x05hello\x124\n" +
 	"\bannounce\x18\x02 \x01(\v2\x16.imagewolf.v1.AnnounceH\x00R\bannounce\x12.\n" +
 	"\x06status\x18\x03 \x01(\v2\x14.imagewolf.v1.StatusH\x00R\x06status\x12.\n" +
 	"\x06inline\x18\x04 \x01(\v2\x14.imagewolf.v1.InlineH\x00R\x06inline\x12%\n" +
 	"\x03ask\x18\x05 \x01(\v2\x11.imagewolf.v1.AskH\x00R\x03ask\x12%\n" +
-	"\x03bad\x18\x06 \x01(\v2\x11.imagewolf.v1.BadH\x00R\x03badB\t\n" +
+	"\x03bad\x18\x06 \x01(\v2\x11.imagewolf.v1.BadH\x00R\x03bad\x12+\n" +
+	"\x05moved\x18\a \x01(\v2\x13.imagewolf.v1.MovedH\x00R\x05movedB\t\n" +
 	"\amessage\"\xed\x01\n" +
 	"\x05Hello\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
@@ -1158,7 +1213,8 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\x03Ask\x12\x16\n" +
 	"\x06silent\x18\x01 \x03(\tR\x06silent\"\x17\n" +
 	"\x03Bad\x12\x10\n" +
-	"\x03own\x18\x01 \x01(\bR\x03own\"\x88\x02\n" +
+	"\x03own\x18\x01 \x01(\bR\x03own\"\a\n" +
+	"\x05Moved\"\x88\x02\n" +
 	"\x0eTrackerMessage\x12(\n" +
 	"\x04wait\x18\x01 \x01(\v2\x12.imagewolf.v1.WaitH\x00R\x04wait\x12+\n" +
 	"\x05fetch\x18\x02 \x01(\v2\x13.imagewolf.v1.FetchH\x00R\x05fetch\x121\n" +
@@ -1199,7 +1255,7 @@ func file_api_v1_tracker_proto_rawDescGZIP() []byte {
 	return file_api_v1_tracker_proto_rawDescData
 }
 
-var file_api_v1_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_api_v1_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_api_v1_tracker_proto_goTypes = []any{
 	(*Peer)(nil),            // 0: imagewolf.v1.Peer
 	(*MemberMessage)(nil),   // 1: imagewolf.v1.MemberMessage
@@ -1209,14 +1265,15 @@ var file_api_v1_tracker_proto_goTypes = []any{
 	(*Inline)(nil),          // 5: imagewolf.v1.Inline
 	(*Ask)(nil),             // 6: imagewolf.v1.Ask
 	(*Bad)(nil),             // 7: imagewolf.v1.Bad
-	(*TrackerMessage)(nil),  // 8: imagewolf.v1.TrackerMessage
-	(*Wait)(nil),            // 9: imagewolf.v1.Wait
-	(*Fetch)(nil),           // 10: imagewolf.v1.Fetch
-	(*Retract)(nil),         // 11: imagewolf.v1.Retract
-	(*Segment)(nil),         // 12: imagewolf.v1.Segment
-	(*RegisterMessage)(nil), // 13: imagewolf.v1.RegisterMessage
-	(*Held)(nil),            // 14: imagewolf.v1.Held
-	(*RegisterCommand)(nil), // 15: imagewolf.v1.RegisterCommand
+	(*Moved)(nil),           // 8: imagewolf.v1.Moved
+	(*TrackerMessage)(nil),  // 9: imagewolf.v1.TrackerMessage
+	(*Wait)(nil),            // 10: imagewolf.v1.Wait
+	(*Fetch)(nil),           // 11: imagewolf.v1.Fetch
+	(*Retract)(nil),         // 12: imagewolf.v1.Retract
+	(*Segment)(nil),         // 13: imagewolf.v1.Segment
+	(*RegisterMessage)(nil), // 14: imagewolf.v1.RegisterMessage
+	(*Held)(nil),            // 15: imagewolf.v1.Held
+	(*RegisterCommand)(nil), // 16: imagewolf.v1.RegisterCommand
 }
 var file_api_v1_tracker_proto_depIdxs = []int32{
 	2,  // 0: imagewolf.v1.MemberMessage.hello:type_name -> imagewolf.v1.Hello
@@ -1225,26 +1282,27 @@ var file_api_v1_tracker_proto_depIdxs = []int32{
 	5,  // 3: imagewolf.v1.MemberMessage.inline:type_name -> imagewolf.v1.Inline
 	6,  // 4: imagewolf.v1.MemberMessage.ask:type_name -> imagewolf.v1.Ask
 	7,  // 5: imagewolf.v1.MemberMessage.bad:type_name -> imagewolf.v1.Bad
-	0,  // 6: imagewolf.v1.Hello.self:type_name -> imagewolf.v1.Peer
-	4,  // 7: imagewolf.v1.Hello.status:type_name -> imagewolf.v1.Status
-	3,  // 8: imagewolf.v1.Hello.announced:type_name -> imagewolf.v1.Announce
-	9,  // 9: imagewolf.v1.TrackerMessage.wait:type_name -> imagewolf.v1.Wait
-	10, // 10: imagewolf.v1.TrackerMessage.fetch:type_name -> imagewolf.v1.Fetch
-	12, // 11: imagewolf.v1.TrackerMessage.segment:type_name -> imagewolf.v1.Segment
-	5,  // 12: imagewolf.v1.TrackerMessage.inline:type_name -> imagewolf.v1.Inline
-	11, // 13: imagewolf.v1.TrackerMessage.retract:type_name -> imagewolf.v1.Retract
-	0,  // 14: imagewolf.v1.Segment.peers:type_name -> imagewolf.v1.Peer
-	0,  // 15: imagewolf.v1.RegisterMessage.self:type_name -> imagewolf.v1.Peer
-	14, // 16: imagewolf.v1.RegisterMessage.added:type_name -> imagewolf.v1.Held
-	1,  // 17: imagewolf.v1.Tracker.Join:input_type -> imagewolf.v1.MemberMessage
-	13, // 18: imagewolf.v1.Tracker.Register:input_type -> imagewolf.v1.RegisterMessage
-	8,  // 19: imagewolf.v1.Tracker.Join:output_type -> imagewolf.v1.TrackerMessage
-	15, // 20: imagewolf.v1.Tracker.Register:output_type -> imagewolf.v1.RegisterCommand
-	19, // [19:21] is the sub-list for method output_type
-	17, // [17:19] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	8,  // 6: imagewolf.v1.MemberMessage.moved:type_name -> imagewolf.v1.Moved
+	0,  // 7: imagewolf.v1.Hello.self:type_name -> imagewolf.v1.Peer
+	4,  // 8: imagewolf.v1.Hello.status:type_name -> imagewolf.v1.Status
+	3,  // 9: imagewolf.v1.Hello.announced:type_name -> imagewolf.v1.Announce
+	10, // 10: imagewolf.v1.TrackerMessage.wait:type_name -> imagewolf.v1.Wait
+	11, // 11: imagewolf.v1.TrackerMessage.fetch:type_name -> imagewolf.v1.Fetch
+	13, // 12: imagewolf.v1.TrackerMessage.segment:type_name -> imagewolf.v1.Segment
+	5,  // 13: imagewolf.v1.TrackerMessage.inline:type_name -> imagewolf.v1.Inline
+	12, // 14: imagewolf.v1.TrackerMessage.retract:type_name -> imagewolf.v1.Retract
+	0,  // 15: imagewolf.v1.Segment.peers:type_name -> imagewolf.v1.Peer
+	0,  // 16: imagewolf.v1.RegisterMessage.self:type_name -> imagewolf.v1.Peer
+	15, // 17: imagewolf.v1.RegisterMessage.added:type_name -> imagewolf.v1.Held
+	1,  // 18: imagewolf.v1.Tracker.Join:input_type -> imagewolf.v1.MemberMessage
+	14, // 19: imagewolf.v1.Tracker.Register:input_type -> imagewolf.v1.RegisterMessage
+	9,  // 20: imagewolf.v1.Tracker.Join:output_type -> imagewolf.v1.TrackerMessage
+	16, // 21: imagewolf.v1.Tracker.Register:output_type -> imagewolf.v1.RegisterCommand
+	20, // [20:22] is the sub-list for method output_type
+	18, // [18:20] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_api_v1_tracker_proto_init() }
@@ -1259,8 +1317,9 @@ func file_api_v1_tracker_proto_init() {
 		(*MemberMessage_Inline)(nil),
 		(*MemberMessage_Ask)(nil),
 		(*MemberMessage_Bad)(nil),
+		(*MemberMessage_Moved)(nil),
 	}
-	file_api_v1_tracker_proto_msgTypes[8].OneofWrappers = []any{
+	file_api_v1_tracker_proto_msgTypes[9].OneofWrappers = []any{
 		(*TrackerMessage_Wait)(nil),
 		(*TrackerMessage_Fetch)(nil),
 		(*TrackerMessage_Segment)(nil),
@@ -1273,7 +1332,7 @@ func file_api_v1_tracker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_v1_tracker_proto_rawDesc), len(file_api_v1_tracker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
