@@ -2,12 +2,17 @@ package node
 
 import (
 	"bytes"
+	"errors"
 	"log/slog"
+	"net"
 	"slices"
 	"testing"
 	"time"
 
 	apiv1 "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/cluster"
+	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/plugin/store"
 	"github.com/imagewolf/imagewolf/swarm"
 )
 
@@ -79,5 +84,52 @@ func TestSilent(t *testing.T) {
 	}
 	if got, want := s.silent(time.Now().Add(time.Second)), []string{"is not there"}; !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+// clients counts those that are sent to the registry.
+type clients struct {
+	source
+	sent int
+}
+
+func (c *clients) Watch() (store.State, <-chan struct{}) { return store.State{Waiting: 1}, nil }
+
+func (c *clients) Fetch() bool { c.sent++; return true }
+
+// TestLostTracker: a session that finds no tracker sends its client to the registry;
+// one that had a tracker a moment ago looks again first.
+func TestLostTracker(t *testing.T) {
+	cfg := testConfig(t, "a", cluster.GenerateKey(), "")
+	cfg.Tracker.DecideTimeout = config.Duration(50 * time.Millisecond)
+	n, err := New(cfg, testLog(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0") // takes connections and never answers
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := newStack(n, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(st.tracker.Close(), l.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	stall := cfg.Tracker.StallTimeout.Duration()
+	for _, c := range []struct {
+		lost time.Time
+		sent int
+	}{{time.Time{}, 1}, {time.Now(), 0}, {time.Now().Add(-stall), 1}} {
+		content := &clients{}
+		s := newSession(n, st, "sha256:00", mib, content)
+		s.lostAt = c.lost
+		s.join(t.Context())
+		if content.sent != c.sent || s.retryAt.IsZero() {
+			t.Errorf("lost %v ago: %d sent to the registry, want %d; looks again at %v", time.Since(c.lost), content.sent, c.sent, s.retryAt)
+		}
 	}
 }
