@@ -31,6 +31,18 @@ var faults = []fault{
 		r.lose(n)
 		n.Wolf.Kill()
 	}},
+	{
+		// Who knew what was on its way goes with who brought it.
+		name: "fetcher killed, who is the tracker as well", layers: []int64{32, 32},
+		before: func(_ context.Context, r *faultRun) { r.first = trackerOf(r.layer, r.Nodes) },
+		act: func(_ context.Context, r *faultRun) {
+			if r.fetcher != r.first {
+				r.Errorf("%s fetches, not the tracker %s", r.fetcher.Name, r.first.Name)
+			}
+			r.lose(r.fetcher)
+			r.fetcher.Wolf.Kill()
+		},
+	},
 	{name: "tracker partitioned", layers: []int64{32}, act: func(_ context.Context, r *faultRun) { r.cut(r.tracker()) }},
 	{name: "fetcher's imagewolf stopped", extra: 3 * time.Second, copies: 1.3, act: func(_ context.Context, r *faultRun) {
 		r.stop(r.fetcher)

@@ -59,7 +59,7 @@ func TestSimulation(t *testing.T) {
 	const runs = 400
 	for seed := range uint64(runs) {
 		s := &sim{t: t, r: rand.New(rand.NewPCG(seed, 1)), now: epoch, byName: map[string]*simNode{}}
-		s.m = s.machine()
+		s.m = s.machine(false)
 		for i := range 4 + s.r.IntN(17) {
 			n := &simNode{
 				name:   fmt.Sprintf("n%02d", i),
@@ -82,8 +82,8 @@ func TestSimulation(t *testing.T) {
 	t.Logf("%.2f fetches per run", float64(extra)/runs)
 }
 
-func (s *sim) machine() *Machine {
-	return NewMachine(testDigest, simSegments*mib, MachineOptions{StallTimeout: testStall, Layout: testLayout})
+func (s *sim) machine(takesOver bool) *Machine {
+	return NewMachine(testDigest, simSegments*mib, MachineOptions{StallTimeout: testStall, Layout: testLayout, TakesOver: takesOver})
 }
 
 func (s *sim) run() bool {
@@ -142,7 +142,7 @@ func (s *sim) disturb() bool {
 		}
 	case 5:
 		s.note("tracker dies")
-		s.m = s.machine()
+		s.m = s.machine(true)
 		for _, o := range s.nodes {
 			if o.joined {
 				o.resumed = true
@@ -411,6 +411,10 @@ func fuzzEvent(m *Machine, now time.Time, next func() int) {
 		})
 		return
 	case 2:
+		if bits&1 > 0 {
+			m.Move(now, name)
+			return
+		}
 		m.Leave(now, name)
 		return
 	case 3:
