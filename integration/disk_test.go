@@ -42,6 +42,7 @@ func startBoth(ctx context.Context, n *harness.Node) error {
 // goes on with what fits; the others do not notice.
 func TestDiskIsFull(t *testing.T) {
 	each(t, func(ctx context.Context, t *testing.T, w *world) {
+		defer timed(record(t, "disk full on one node", w.version))()
 		victim := w.Nodes[1]
 		onDisk(ctx, t, victim, func(dir string) error {
 			return unix.Mount("tmpfs", dir, "tmpfs", 0, "size=24m")
@@ -80,6 +81,7 @@ func TestPowerLoss(t *testing.T) {
 		rounds = 12
 	}
 	each(t, func(ctx context.Context, t *testing.T, w *world) {
+		defer timed(record(t, "power loss", w.version))()
 		n := w.Nodes[0]
 		disk := filepath.Join(n.Dir, "disk")
 		must(t, os.WriteFile(disk, nil, 0o600))

@@ -285,6 +285,7 @@ func TestDiskFullAtEachStep(t *testing.T) {
 			t.Run(fs+"/"+name, func(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				defer cancel()
+				defer timed(record(t, "disk full "+name+", "+fs, harness.V2))()
 				step(ctx, newSmallDisk(t, mount))
 			})
 		}

@@ -236,6 +236,7 @@ func holdSocket(ctx context.Context, t *testing.T, n *harness.Node) {
 // of a pull. What is under way has a few seconds to end, what comes next waits.
 func TestRestartInAPull(t *testing.T) {
 	each(t, func(ctx context.Context, t *testing.T, w *world) {
+		line := record(t, "daemon restarted in a pull, its socket held", w.version)
 		n, img := w.Nodes[0], image(ctx, t, 8, 8, 8, 8, 8, 8)
 		holdSocket(ctx, t, n)
 		registry.Behave(harness.Behavior{Rate: 12 * mib})
@@ -248,6 +249,7 @@ func TestRestartInAPull(t *testing.T) {
 		stopped := time.Now()
 		must(t, n.Wolf.Start(ctx))
 		finish(t, pulls)
+		line.Seconds, line.RegistryCopies = time.Since(began).Seconds(), float64(registry.Bytes(""))/float64(img.Bytes())
 		t.Logf("stopped in %.1f s, pulled in %.1f s", stopped.Sub(stop).Seconds(), time.Since(began).Seconds())
 		whole(ctx, t, w.ns, img, n)
 	})
@@ -257,6 +259,7 @@ func TestRestartInAPull(t *testing.T) {
 // daemon that is started again, and does not fail.
 func TestSocketIsHeld(t *testing.T) {
 	each(t, func(ctx context.Context, t *testing.T, w *world) {
+		defer timed(record(t, "daemon away, its socket held", w.version))()
 		n, img := w.Nodes[0], image(ctx, t, 8)
 		holdSocket(ctx, t, n)
 		for _, end := range []func(){n.Wolf.Kill, func() { must(t, n.Wolf.Stop()) }} {

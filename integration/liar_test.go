@@ -270,6 +270,21 @@ var lies = []struct {
 		},
 	},
 	{
+		name: "right bytes by another blob's hashes", within: 15, copies: 2.1,
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			l.seed(n, d, &lie{bytes: right}, int64(len(right)), make([]byte, len(right)))
+		},
+	},
+	{
+		// It says that it has all, and sends no block.
+		name: "a seeder that stalls after the handshake", within: 8, copies: 1.05, log: "announced segments and sent nothing",
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			stalled := &lie{bytes: right, after: 1, until: make(chan struct{})}
+			l.seed(n, d, stalled, int64(len(right)), right)
+			l.Cleanup(func() { close(stalled.until) })
+		},
+	},
+	{
 		name: "a seeder that stalls after a block", within: 8, copies: 1.05, log: "announced segments and sent nothing",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			stalled := &lie{bytes: right, after: 64 << 10, until: make(chan struct{})}
@@ -348,6 +363,46 @@ var lies = []struct {
 		},
 	},
 	{
+		name: "endless messages", within: 12, copies: 1.05,
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			stream := l.join(n, &api.Hello{Digest: d.String(), Size: int64(len(right)), Status: &api.Status{}}, nil)
+			go func() { // ends with the test's context
+				for i := int64(0); ; i++ {
+					if stream.Send(&api.MemberMessage{Message: &api.MemberMessage_Status{Status: &api.Status{Line: i}}}) != nil {
+						return
+					}
+				}
+			}()
+		},
+	},
+	{
+		// It moves from tracker to tracker, as it says, and each time is to be waited for.
+		name: "a fetcher that leaves again and again", within: 8, copies: 1.05,
+		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			client := l.dial(n)
+			go func() { // ends with the test's context
+				for {
+					stream, err := client.Join(l.Context())
+					if err != nil {
+						return
+					}
+					for _, m := range []*api.MemberMessage{
+						{Message: &api.MemberMessage_Hello{Hello: &api.Hello{
+							Digest: d.String(), Size: int64(len(right)), Self: &api.Peer{Name: l.name, Address: l.addr}, Resumed: true,
+							Status: &api.Status{Fetching: true},
+						}}},
+						{Message: &api.MemberMessage_Moved{Moved: &api.Moved{}}},
+					} {
+						_ = stream.Send(m) // Recv has the error
+					}
+					for err == nil {
+						_, err = stream.Recv()
+					}
+				}
+			}()
+		},
+	},
+	{
 		name: "connections that say nothing", within: 12, copies: 1.05,
 		tell: func(l *liar, n *harness.Node, _ digest.Digest, _ []byte) {
 			for range 1000 {
@@ -371,6 +426,7 @@ func TestLiars(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			each(t, func(ctx context.Context, t *testing.T, w *world) {
 				w.ns = "liars"
+				line := record(t, "liar: "+c.name, w.version)
 				img := image(ctx, t, 12)
 				layer := img.Layer(0)
 				right := blob(ctx, t, img, layer)
@@ -384,7 +440,7 @@ func TestLiars(t *testing.T) {
 				must(t, err)
 				whole(ctx, t, w.ns, img, nodes...)
 				last, copies := max(took[0], took[1], took[2]).Seconds(), float64(registry.Bytes(""))/float64(img.Bytes())
-				record(t, faultRecord{Fault: "liar: " + c.name, Seconds: last, RegistryCopies: copies})
+				line.Seconds, line.RegistryCopies = last, copies
 				t.Logf("%.1f s, registry copies %.3f, the tracker's memory grew by %d MiB", last, copies, (memory(t, at)-before)>>20)
 				if last > c.within {
 					t.Errorf("took %.1f s, more than %.0f", last, c.within)

@@ -39,6 +39,8 @@ func TestKeyIsExchanged(t *testing.T) {
 	next, err := harness.NewClusterKey(ctx, env)
 	must(t, err)
 	for step, keys := range [][]string{{c.Key, next}, {next, c.Key}, {next}} {
+		line := record(t, fmt.Sprintf("the cluster's key is exchanged, step %d", step+1), harness.V2)
+		line.Note = "copies of a pull during a restart, at most"
 		var copies []float64
 		for _, n := range c.Nodes {
 			n.Wolf.UseKeys(keys[0], keys[1:]...)
@@ -59,10 +61,7 @@ func TestKeyIsExchanged(t *testing.T) {
 		must(t, err)
 		whole(ctx, t, "keys", img, c.Nodes...)
 		sent(t, img.Bytes())
-		record(t, faultRecord{
-			Fault: fmt.Sprintf("the cluster's key is exchanged, step %d", step+1), RegistryCopies: slices.Max(copies),
-			Note: "copies of a pull during a restart, at most",
-		})
+		line.RegistryCopies = slices.Max(copies)
 		t.Logf("step %d: copies during restarts %.2f", step+1, copies)
 	}
 }

@@ -43,6 +43,7 @@ func TestSoak(t *testing.T) {
 	must(t, err)
 	ctx, cancel := context.WithTimeoutCause(t.Context(), length+4*time.Minute, errors.New("the soak does not end"))
 	defer cancel()
+	line := record(t, "soak", harness.V2)
 	registry.Behave(harness.Behavior{})
 	s := &soak{faultSite: newFaultSite(t, harness.V2, nil), ns: "soak"}
 	s.locks = make([]sync.Mutex, len(s.Nodes))
@@ -70,9 +71,8 @@ func TestSoak(t *testing.T) {
 	registry.Behave(harness.Behavior{})
 	must(t, s.Heal(ctx))
 	s.finish(ctx, t)
-	note := fmt.Sprintf("%d pulls, %d of them tried again, %d restarts, %d cuts", s.pulls.Load(), s.failed.Load(), s.restarts.Load(), s.cuts.Load())
-	record(t, faultRecord{Fault: "soak", Containerd: s.version, Seconds: length.Seconds(), Note: note})
-	t.Log(note)
+	line.Seconds, line.Note = length.Seconds(), fmt.Sprintf("%d pulls, %d of them tried again, %d restarts, %d cuts", s.pulls.Load(), s.failed.Load(), s.restarts.Load(), s.cuts.Load())
+	t.Log(line.Note)
 	for i, now := range s.sizes(ctx, t) {
 		t.Logf("%s: before %+v, after %+v", s.Nodes[i].Name, before[i], now)
 		if now.files > before[i].files+64 || now.threads > before[i].threads+32 || now.goroutines > before[i].goroutines+200 ||

@@ -99,6 +99,7 @@ func TestStrangers(t *testing.T) {
 	for _, s := range strangers {
 		t.Run(s.name, func(t *testing.T) {
 			each(t, func(ctx context.Context, t *testing.T, w *world) {
+				line := record(t, "stranger: "+s.name, w.version)
 				v := &visit{T: t, world: w, img: image(ctx, t, 4)}
 				var err error
 				v.member, err = cluster.LoadIdentity(cluster.IdentityOptions{ClusterKey: w.Key, NodeName: "stranger", Log: slog.New(slog.DiscardHandler)})
@@ -107,7 +108,6 @@ func TestStrangers(t *testing.T) {
 				must(t, err)
 				_, err = harness.PullOn(ctx, w.Nodes[:2], w.ns, v.img.Ref)
 				must(t, err)
-				line := record(t, faultRecord{Fault: "stranger: " + s.name})
 				began := time.Now()
 				s.try(v)
 				line.Seconds = time.Since(began).Seconds()
