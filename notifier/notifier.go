@@ -166,6 +166,9 @@ type counts struct {
 // Nothing counts what leads to nothing beside what the queue counts itself.
 func (c counts) Nothing(why event.Kind) { c.queue.Count(why) }
 
+// Panicked counts a panic beside those that the queue counts itself.
+func (c counts) Panicked() { c.queue.Panicked() }
+
 // parts are what answers beside the receivers.
 type parts struct {
 	ctx       context.Context // of Run: what waits for long waits no longer when it ends

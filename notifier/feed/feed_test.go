@@ -315,6 +315,7 @@ type counted struct {
 	mu         sync.Mutex
 	ok, failed int
 	missed     uint64
+	panics     int
 }
 
 func (c *counted) Polled(_ string, ok bool) {
@@ -331,6 +332,12 @@ func (c *counted) Missed(_ string, n uint64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.missed += n
+}
+
+func (c *counted) Panicked() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.panics++
 }
 
 // reader polls in the background until stop.

@@ -1,6 +1,9 @@
 package feed
 
 import (
+	"bytes"
+	"context"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -12,6 +15,8 @@ import (
 
 	"github.com/mmcdole/gofeed"
 
+	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/notifier/event"
 	"github.com/imagewolf/imagewolf/notifier/queue"
 )
 
@@ -214,4 +219,48 @@ func TestIntervalsAreATenthMoreOrLess(t *testing.T) {
 	if len(seen) < 5 {
 		t.Errorf("only %d different seconds", len(seen))
 	}
+}
+
+// broken is a queue that panics over what it is given.
+type broken struct {
+	*queue.Queue
+	left int // times
+}
+
+func (b *broken) Put(ctx context.Context, r event.Result) error {
+	if b.left--; b.left >= 0 {
+		panic("over a page")
+	}
+	return b.Queue.Put(ctx, r)
+}
+
+// A panic over a page ends that round only: it is counted, and the page is read
+// again.
+func TestAPanicOverAFeedIsContained(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		origin, here := newNotifier(t, 100), newNotifier(t, 100)
+		origin.put(push("a"), push("b"))
+		var log bytes.Buffer
+		counts := &counted{}
+		p, err := NewPoller("origin", config.Poll{
+			URL: "https://feed.example/feed/atom", Token: token, Interval: config.Duration(30 * time.Second), FromStart: true,
+		}, &broken{here.q, 2}, PollerOptions{Transport: &link{handler: origin.server}, Counts: counts, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+		defer cancel()
+		if err := p.Run(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if got := repositories(here.taken()); !slices.Equal(got, []string{"a", "b"}) {
+			t.Errorf("got %v", got)
+		}
+		if counts.panics != 2 || counts.failed != 2 || counts.ok < 5 {
+			t.Errorf("%d panics, %d failed, %d went well", counts.panics, counts.failed, counts.ok)
+		}
+		if s := log.String(); strings.Count(s, "panic over a feed") != 2 || !strings.Contains(s, "odd_test.go") {
+			t.Errorf("the log: %s", s)
+		}
+	})
 }

@@ -14,12 +14,17 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"runtime/debug"
 	"strconv"
 	"time"
 
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/notifier/event"
 )
+
+// errPanic is why a feed is read again later whose reading panicked; the panic is
+// logged where it is contained.
+var errPanic = errors.New("reading it panicked")
 
 const (
 	maxBody    = 4 << 20 // of a document; a page of ours has at most half
@@ -45,6 +50,8 @@ type Counts interface {
 	Polled(name string, ok bool)
 	// Missed counts events that the feed no longer had.
 	Missed(name string, n uint64)
+	// Panicked counts a panic that was contained.
+	Panicked()
 }
 
 // PollerOptions are what a poller may be given beside its settings.
@@ -196,8 +203,18 @@ func (r *refusal) Error() string {
 	return fmt.Sprintf("the feed answers %d %s%s", r.status, http.StatusText(r.status), hint)
 }
 
-// round reads all that there is.
-func (p *Poller) round(ctx context.Context) error {
+// round reads all that there is, and makes a panic an error: what a feed holds is
+// foreign, and one that ended the process would do so again after every start.
+func (p *Poller) round(ctx context.Context) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			p.log.Error("panic over a feed", "err", fmt.Sprintf("%v\n%s", v, debug.Stack()))
+			if p.counts != nil {
+				p.counts.Panicked()
+			}
+			err = errPanic
+		}
+	}()
 	for ctx.Err() == nil {
 		more, err := p.step(ctx)
 		if err != nil || !more {

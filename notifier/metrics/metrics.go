@@ -65,7 +65,7 @@ func New(stats func() queue.Stats, polls ...string) *Metrics {
 		waiting: desc("events_waiting", "Events in the queue."),
 		taken:   desc("events_taken_total", "Events that were put into the queue."),
 		done:    desc("events_done_total", "Events that were worked off, whether a prefetch came of them or not."),
-		panics:  desc("panics_total", "Panics over events that were contained: the event is tried again, the rest went on."),
+		panics:  desc("panics_total", "Panics over events and over polled feeds that were contained: it is tried again, the rest went on."),
 		nothing: desc("events_nothing_total", "Events and requests that led to nothing, by the reason.", "kind"),
 	}
 	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),

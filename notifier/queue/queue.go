@@ -104,7 +104,7 @@ type Stats struct {
 	Waiting int                   // now, those that were there at the start among them
 	Taken   uint64                // kept
 	Done    uint64                // worked off
-	Panics  uint64                // tries that ended in a panic
+	Panics  uint64                // contained: tries that ended in one, and what Panicked counted
 	Nothing map[event.Kind]uint64 // led to nothing, by the reason
 }
 
@@ -177,6 +177,13 @@ func (q *Queue) Count(why event.Kind) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.nothing[why]++
+}
+
+// Panicked counts a panic of whoever puts events, that was contained there.
+func (q *Queue) Panicked() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.panics++
 }
 
 // Put keeps the result's events, but for those that are known, and counts what
@@ -445,9 +452,7 @@ func (q *Queue) work(ctx context.Context, e event.Event, work func(context.Conte
 	defer func() {
 		if p := recover(); p != nil {
 			q.log.Error("panic over an event", "image", e.Image(), "receiver", e.Source, "err", fmt.Sprintf("%v\n%s", p, debug.Stack()))
-			q.mu.Lock()
-			defer q.mu.Unlock()
-			q.panics++
+			q.Panicked()
 			err = errPanic
 		}
 	}()
