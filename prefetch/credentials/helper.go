@@ -27,13 +27,13 @@ type program struct{ *exec.Cmd }
 func (p program) Input(in io.Reader) { p.Stdin = in }
 
 // ask gets the credential for a server, as the helper knows it, from
-// docker-credential-<helper>, or ErrNone. What the helper prints is in no error:
-// it may be a secret.
-func ask(ctx context.Context, helper, server, source string) (Credential, error) {
+// docker-credential-<helper>, or ErrNone. A helper that has not answered within the
+// limit is ended. What it prints is in no error: it may be a secret.
+func ask(ctx context.Context, limit time.Duration, helper, server, source string) (Credential, error) {
 	if helper == "" || strings.ContainsAny(helper, "/\x00") {
 		return Credential{}, fmt.Errorf("%s: %q is no name of a credential helper", source, helper)
 	}
-	ctx, cancel := context.WithTimeout(ctx, helperTimeout)
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	c, err := client.Get(func(args ...string) client.Program {
 		cmd := exec.CommandContext(ctx, "docker-credential-"+helper, args...)

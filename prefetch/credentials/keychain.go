@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"time"
 )
 
 // Credential is a user and secret. It prints and logs as its source only.
@@ -41,12 +42,13 @@ var ErrNone = errors.New("no credential")
 // of goroutines.
 type Keychain struct {
 	files []*file
+	limit time.Duration // of one call of a helper
 }
 
 // New returns a keychain of the files, all of which may be absent for now. It
 // reads nothing. What is wrong with a file is logged once for each state of it.
 func New(paths []string, log *slog.Logger) *Keychain {
-	k := &Keychain{}
+	k := &Keychain{limit: helperTimeout}
 	for _, p := range paths {
 		k.files = append(k.files, &file{path: p, log: log})
 	}
@@ -91,7 +93,7 @@ func (k *Keychain) Lookup(ctx context.Context, host, repository string) (Credent
 		if c.helper == "" {
 			return Credential{c.username, c.secret, source}, nil
 		}
-		if cred, err := ask(ctx, c.helper, c.key, source); !errors.Is(err, ErrNone) {
+		if cred, err := ask(ctx, k.limit, c.helper, c.key, source); !errors.Is(err, ErrNone) {
 			return cred, err
 		}
 	}
@@ -100,7 +102,7 @@ func (k *Keychain) Lookup(ctx context.Context, host, repository string) (Credent
 			continue
 		}
 		for _, name := range storeNames(host) {
-			cred, err := ask(ctx, states[i].store, name, fmt.Sprintf("credsStore of %s", f.path))
+			cred, err := ask(ctx, k.limit, states[i].store, name, fmt.Sprintf("credsStore of %s", f.path))
 			if !errors.Is(err, ErrNone) {
 				return cred, err
 			}

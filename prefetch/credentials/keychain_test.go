@@ -2,6 +2,7 @@ package credentials
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -305,6 +307,59 @@ esac`)
 			t.Errorf("%s/%s: %q, %v", c.host, c.repository, got.Username, err)
 		}
 	}
+}
+
+// A helper that never answers is ended when its time is up, also where a child of it
+// holds its output open.
+func TestAHelperThatHangsIsEnded(t *testing.T) {
+	k := New(files(t, `{"credHelpers": {"r.example.com": "stuck"}}`), discard())
+	if k.limit != 15*time.Second {
+		t.Errorf("a helper has %v, the documentation says 15 s", k.limit)
+	}
+	for name, child := range map[string]string{"alone": "", "with a child": "sleep 60 &\n"} {
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "pids")
+			helper(t, "stuck", child+"echo $$ $! >"+file+"\nexec sleep 60")
+			var pids []string
+			for k.limit = 100 * time.Millisecond; len(pids) == 0; k.limit *= 2 { // until it gets as far as to hang
+				began := time.Now()
+				_, err := k.Lookup(t.Context(), "r.example.com", "x")
+				if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "docker-credential-stuck gives no credential for r.example.com") {
+					t.Fatalf("%v", err)
+				}
+				if took := time.Since(began); took > k.limit+10*time.Second {
+					t.Errorf("it took %v", took)
+				}
+				b, err := os.ReadFile(file)
+				if err != nil && !errors.Is(err, os.ErrNotExist) {
+					t.Fatal(err)
+				}
+				pids = strings.Fields(string(b))
+			}
+			if err := signal(t, pids[0], 0); !errors.Is(err, os.ErrProcessDone) {
+				t.Errorf("the helper still runs: %v", err)
+			}
+			for _, pid := range pids[1:] {
+				if err := signal(t, pid, unix.SIGKILL); err != nil {
+					t.Errorf("its child: %v", err)
+				}
+			}
+		})
+	}
+}
+
+// signal sends a process a signal.
+func signal(t *testing.T, pid string, s unix.Signal) error {
+	t.Helper()
+	n, err := strconv.Atoi(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := os.FindProcess(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.Signal(s)
 }
 
 // A credential does not get into a log or a message by accident.
