@@ -15,6 +15,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -36,7 +37,8 @@ const (
 	maxManifest  = 4 << 20  // bytes, as registries have it
 	maxBlob      = 4 << 20  // bytes of a config or a signature
 	maxCache     = 32 << 20 // bytes of manifests and blobs
-	maxReferrers = 200      // of one image and type
+	maxReferrers = 200      // of one image and the types that are asked for
+	maxPages     = 10       // of a list of referrers
 	maxRequests  = 1 << 12  // that one cache of tokens serves
 	awayFor      = 5 * time.Second
 )
@@ -160,20 +162,30 @@ func (r *Registry) Blob(ctx context.Context, repo Repo, desc ocispec.Descriptor)
 	return b, nil
 }
 
-// Referrers returns the manifests of a type that refer to the digest, at most
-// 200 of them: by the registry's API, or by the tag that stands in for it.
-func (r *Registry) Referrers(ctx context.Context, repo Repo, d digest.Digest, artifactType string) ([]ocispec.Descriptor, error) {
+// Referrers returns the manifests of one of the types that refer to the digest, at
+// most 200 of them: by the registry's API, or by the tag that stands in for it. All
+// are listed and the types picked here, for an API takes one type only. ErrInvalid
+// is returned where there are more than are read.
+func (r *Registry) Referrers(ctx context.Context, repo Repo, d digest.Digest, artifactTypes ...string) ([]ocispec.Descriptor, error) {
 	remote, err := r.Remote(repo)
 	if err != nil {
 		return nil, err
 	}
 	var out []ocispec.Descriptor
-	err = remote.Referrers(ctx, ocispec.Descriptor{Digest: d}, artifactType, func(page []ocispec.Descriptor) error {
-		if out = append(out, page...); len(out) > maxReferrers {
-			return fmt.Errorf("%w: more than %d referrers of type %s", ErrInvalid, maxReferrers, artifactType)
+	err = remote.Referrers(ctx, ocispec.Descriptor{Digest: d}, "", func(page []ocispec.Descriptor) error {
+		for _, ref := range page {
+			if slices.Contains(artifactTypes, ref.ArtifactType) {
+				out = append(out, ref)
+			}
+		}
+		if len(out) > maxReferrers {
+			return fmt.Errorf("%w: more than %d referrers of type %q", ErrInvalid, maxReferrers, artifactTypes)
 		}
 		return nil
 	})
+	if errors.Is(err, errdef.ErrTooManyPages) {
+		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
 	if err != nil {
 		return nil, told(repo, err)
 	}
@@ -188,7 +200,7 @@ func (r *Registry) Remote(repo Repo) (*remote.Repository, error) {
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
 	out.PlainHTTP = r.plain.Match(repo.Host)
-	out.ReferrerListMaxPages = 10
+	out.ReferrerListMaxPages = maxPages
 	out.Client = scoped{r, target{host: out.Reference.Host(), plain: out.PlainHTTP}}
 	return out, nil
 }

@@ -179,7 +179,7 @@ func TestReferrersByTheAPIAndByTheTag(t *testing.T) {
 	})
 	byTag.has("manifests", ocispec.MediaTypeImageIndex, index, strings.ReplaceAll(subject.String(), ":", "-"))
 	for _, s := range []*server{byAPI, byTag, newServer(t, true)} {
-		refs, err := s.client(t, config.NotifierRegistry{}).Referrers(t.Context(), s.repo(), subject, "x/sig")
+		refs, err := s.client(t, config.NotifierRegistry{}).Referrers(t.Context(), s.repo(), subject, "x/other", "x/sig")
 		if err != nil || (s == byAPI || s == byTag) != (len(refs) == 1) || len(refs) == 1 && refs[0].Digest != digest.FromString("a") {
 			t.Errorf("%v, %v", refs, err)
 		}
@@ -191,6 +191,18 @@ func TestReferrersByTheAPIAndByTheTag(t *testing.T) {
 	})
 	if _, err := byAPI.client(t, config.NotifierRegistry{}).Referrers(t.Context(), byAPI.repo(), subject, "x/sig"); !errors.Is(err, ErrInvalid) {
 		t.Errorf("got %v", err)
+	}
+	// Those of other types are not counted, but are read, and not for ever.
+	if refs, err := byAPI.client(t, config.NotifierRegistry{}).Referrers(t.Context(), byAPI.repo(), subject, "x/other"); err != nil || len(refs) > 0 {
+		t.Errorf("%v, %v", refs, err)
+	}
+	byAPI.on("/v2/apps/web/referrers/"+subject.String(), func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
+		w.Header().Set("Link", "<"+r.URL.Path+">; rel=next")
+		say(w, index)
+	})
+	if _, err := byAPI.client(t, config.NotifierRegistry{}).Referrers(t.Context(), byAPI.repo(), subject, "x/other"); !errors.Is(err, ErrInvalid) {
+		t.Errorf("pages without end: got %v", err)
 	}
 }
 

@@ -50,7 +50,7 @@ func (s *signatures) Blob(_ context.Context, _ registry.Repo, desc ocispec.Descr
 	return s.blobs[desc.Digest], nil
 }
 
-func (s *signatures) Referrers(context.Context, registry.Repo, digest.Digest, string) ([]ocispec.Descriptor, error) {
+func (s *signatures) Referrers(context.Context, registry.Repo, digest.Digest, ...string) ([]ocispec.Descriptor, error) {
 	return s.bundles, nil
 }
 

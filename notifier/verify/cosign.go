@@ -12,10 +12,12 @@ import (
 	"strings"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	protobundle "github.com/sigstore/protobuf-specs/gen/pb-go/bundle/v1"
 	"github.com/sigstore/sigstore/pkg/cryptoutils"
 	"github.com/sigstore/sigstore/pkg/signature"
 	"github.com/sigstore/sigstore/pkg/signature/dsse"
+	"github.com/sigstore/sigstore/pkg/signature/options"
 	"github.com/sigstore/sigstore/pkg/signature/payload"
 	"google.golang.org/protobuf/encoding/protojson"
 
@@ -23,21 +25,23 @@ import (
 )
 
 // What cosign writes, and where. Up to version 2 a signature is a layer of an
-// image with a tag made of the signed digest; from version 3 on it is a bundle
-// that refers to the signed image.
+// image with a tag made of the signed digest, or, if it was told so, of one that
+// refers to the signed image; from version 3 on it is a bundle that refers to it.
 const (
+	signatureType  = "application/vnd.dev.cosign.artifact.sig.v1+json" // of an image of signatures that refers
 	simpleSigning  = "application/vnd.dev.cosign.simplesigning.v1+json"
 	signatureKey   = "dev.cosignproject.cosign/signature" // annotation of such a layer
 	bundleType     = "application/vnd.dev.sigstore.bundle.v0.3+json"
 	statementType  = "application/vnd.in-toto+json"
-	statementV1    = "https://in-toto.io/Statement/v1"
+	statements     = "https://in-toto.io/Statement/" // of any version
+	statementV1    = statements + "v1"
 	signedByCosign = "https://sigstore.dev/cosign/sign/v1" // predicate: a signature, not a claim about the image
 )
 
 // key is one public key, and how signatures of it are checked.
 type key struct {
 	file      string
-	verifiers []signature.Verifier // of one key: the old way, and what the key's kind suggests
+	verifiers []signature.Verifier // of one key: cosign's ways, by its version and the key's kind
 }
 
 type cosign struct {
@@ -62,7 +66,8 @@ func newCosign(files []string, from Images) (*cosign, error) {
 			return nil, fmt.Errorf("keys: %s: %w", file, err)
 		}
 		k.verifiers = append(k.verifiers, sha256)
-		if usual, err := signature.LoadDefaultVerifier(public); err == nil {
+		// Cosign signs with Ed25519ph, and before 2.2 with Ed25519 itself.
+		if usual, err := signature.LoadDefaultVerifier(public, options.WithED25519ph()); err == nil {
 			k.verifiers = append(k.verifiers, usual)
 		}
 		c.keys = append(c.keys, k)
@@ -77,7 +82,7 @@ func newCosign(files []string, from Images) (*cosign, error) {
 func (c *cosign) Verify(ctx context.Context, repo registry.Repo, d digest.Digest) error {
 	seen := 0
 	var why error
-	for _, look := range []func(context.Context, registry.Repo, digest.Digest) (int, error){c.tagged, c.bundles} {
+	for _, look := range []func(context.Context, registry.Repo, digest.Digest) (int, error){c.tagged, c.referring} {
 		n, err := look(ctx, repo, d)
 		switch {
 		case err == nil && n > 0:
@@ -92,6 +97,9 @@ func (c *cosign) Verify(ctx context.Context, repo registry.Repo, d digest.Digest
 	}
 	if seen == 0 {
 		return fmt.Errorf("%w with cosign: no signature of %s", ErrUnsigned, d)
+	}
+	if errors.Is(why, ErrUntrusted) {
+		return why
 	}
 	return fmt.Errorf("%w: %w", ErrUntrusted, why)
 }
@@ -110,6 +118,12 @@ func (c *cosign) tagged(ctx context.Context, repo registry.Repo, d digest.Digest
 	if err != nil {
 		return 0, gone(err)
 	}
+	return c.layers(ctx, repo, m, at, d)
+}
+
+// layers looks at the signatures of the old kind that are layers of a manifest, as
+// tagged does.
+func (c *cosign) layers(ctx context.Context, repo registry.Repo, m *registry.Manifest, at, d digest.Digest) (int, error) {
 	n := 0
 	var why error
 	for _, l := range m.Layers {
@@ -164,9 +178,13 @@ func (c *cosign) simple(signed, sig []byte, d digest.Digest) error {
 	return nil
 }
 
-// bundles looks at the signatures of cosign from version 3 on, as tagged does.
-func (c *cosign) bundles(ctx context.Context, repo registry.Repo, d digest.Digest) (int, error) {
-	refs, err := c.from.Referrers(ctx, repo, d, bundleType)
+// referring looks at the signatures that refer to the image, as tagged does.
+//
+// Where a registry has no API for referrers, cosign writes their list, and calls a
+// bundle in it by the type of its config, which is the empty one. So what a referrer
+// is, its manifest tells.
+func (c *cosign) referring(ctx context.Context, repo registry.Repo, d digest.Digest) (int, error) {
+	refs, err := c.from.Referrers(ctx, repo, d, bundleType, signatureType, ocispec.MediaTypeEmptyJSON, "")
 	if errors.Is(err, registry.ErrNotFound) {
 		return 0, nil
 	}
@@ -176,15 +194,15 @@ func (c *cosign) bundles(ctx context.Context, repo registry.Repo, d digest.Diges
 	n := 0
 	var why error
 	for _, ref := range refs {
-		if n++; n > maxSignatures {
+		if n >= maxSignatures {
 			return n, fmt.Errorf("%w: more than %d signatures", ErrUntrusted, maxSignatures)
 		}
-		err := c.bundle(ctx, repo, ref.Digest, d)
+		found, err := c.referrer(ctx, repo, ref, d)
+		n += found
 		switch {
-		case err == nil:
+		case err == nil && found > 0:
 			return n, nil
-		case errors.Is(err, errClaim):
-			n--
+		case err == nil:
 		case errors.Is(err, ErrUntrusted) || errors.Is(err, registry.ErrInvalid):
 			why = errors.Join(why, err)
 		default:
@@ -197,25 +215,36 @@ func (c *cosign) bundles(ctx context.Context, repo registry.Repo, d digest.Diges
 	return 0, nil
 }
 
-func (c *cosign) bundle(ctx context.Context, repo registry.Repo, at, d digest.Digest) error {
-	if err := at.Validate(); err != nil {
-		return fmt.Errorf("%w: a referrer with the digest %.80q", ErrUntrusted, at)
+// referrer looks at one manifest that refers to the image, and returns how many
+// signatures it holds; without an error one of them is good.
+func (c *cosign) referrer(ctx context.Context, repo registry.Repo, ref ocispec.Descriptor, d digest.Digest) (int, error) {
+	if err := ref.Digest.Validate(); err != nil {
+		return 1, fmt.Errorf("%w: a referrer with the digest %.80q", ErrUntrusted, ref.Digest)
 	}
-	m, err := c.from.Manifest(ctx, repo, at)
-	if err != nil {
-		return gone(err)
-	}
-	if len(m.Layers) != 1 || m.Layers[0].MediaType != bundleType {
-		return fmt.Errorf("%w: %s is not one bundle", ErrUntrusted, at)
+	m, err := c.from.Manifest(ctx, repo, ref.Digest)
+	switch {
+	case err != nil:
+		return 1, gone(err)
+	case m.ArtifactType == signatureType || m.Config.MediaType == signatureType:
+		return c.layers(ctx, repo, m, ref.Digest, d)
+	case len(m.Layers) == 1 && m.Layers[0].MediaType == bundleType:
+	case ref.ArtifactType == bundleType:
+		return 1, fmt.Errorf("%w: %s is not one bundle", ErrUntrusted, ref.Digest)
+	default:
+		return 0, nil
 	}
 	b, err := c.from.Blob(ctx, repo, m.Layers[0])
 	if err != nil {
-		return gone(err)
+		return 1, gone(err)
 	}
-	if err := c.statement(b, d); err != nil {
-		return fmt.Errorf("%w: bundle %s: %w", ErrUntrusted, at, err)
+	err = c.statement(b, d)
+	switch {
+	case errors.Is(err, errClaim):
+		return 0, nil
+	case err != nil:
+		return 1, fmt.Errorf("%w: bundle %s: %w", ErrUntrusted, ref.Digest, err)
 	}
-	return nil
+	return 1, nil
 }
 
 // errClaim is the error of what is signed and says something about the image,
@@ -271,11 +300,11 @@ func checkStatement(signed []byte, d digest.Digest) error {
 	if err := json.Unmarshal(signed, &s); err != nil {
 		return fmt.Errorf("what was signed: %w", err)
 	}
+	if strings.HasPrefix(s.Type, statements) && s.PredicateType != signedByCosign { // cosign attests with v0.1
+		return fmt.Errorf("%w: %.80q", errClaim, s.PredicateType)
+	}
 	if s.Type != statementV1 {
 		return fmt.Errorf("what was signed is no statement of in-toto but %.80q", s.Type)
-	}
-	if s.PredicateType != signedByCosign {
-		return fmt.Errorf("%w: %.80q", errClaim, s.PredicateType)
 	}
 	for _, sub := range s.Subject {
 		if got := sub.Digest[d.Algorithm().String()]; got != "" && got == d.Encoded() {

@@ -39,7 +39,7 @@ type Images interface {
 	Resolve(ctx context.Context, repo registry.Repo, tag string) (digest.Digest, error)
 	Manifest(ctx context.Context, repo registry.Repo, d digest.Digest) (*registry.Manifest, error)
 	Blob(ctx context.Context, repo registry.Repo, desc ocispec.Descriptor) ([]byte, error)
-	Referrers(ctx context.Context, repo registry.Repo, d digest.Digest, artifactType string) ([]ocispec.Descriptor, error)
+	Referrers(ctx context.Context, repo registry.Repo, d digest.Digest, artifactTypes ...string) ([]ocispec.Descriptor, error)
 }
 
 // Remoter makes the client that notation's library wants.
