@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -233,6 +234,7 @@ func prefetchSuperseded(ctx context.Context, t *testing.T, c *harness.Cluster) {
 		}
 		return nil
 	}))
+	ci := askAsCI(ctx, t, c, first)
 	repo := strings.TrimSuffix(strings.TrimPrefix(older.Ref, registry.Host+"/"), ":latest")
 	younger, err := registry.Push(ctx, repo, newLayer(t, harness.Gzip, harness.Random(mib)))
 	must(t, err)
@@ -250,6 +252,9 @@ func prefetchSuperseded(ctx context.Context, t *testing.T, c *harness.Cluster) {
 	if e := <-waited; e.exit != 3 || !strings.Contains(e.said, "superseded on 2 of 2 nodes: ") {
 		t.Errorf("who waited for the older one: exit status %d, %q", e.exit, e.said)
 	}
+	if answer := <-ci; !strings.Contains(answer, `"state":"superseded"`) || strings.Count(answer, `"state":"canceled"`) != 2 {
+		t.Errorf("a CI system that waited for the older one was told %s", answer)
+	}
 	for _, n := range c.Nodes[:2] {
 		out, err := n.Ctr(ctx, kubelets, "images", "ls", "name=="+younger.Ref)
 		must(t, err)
@@ -257,6 +262,35 @@ func prefetchSuperseded(ctx context.Context, t *testing.T, c *harness.Cluster) {
 			t.Errorf("%s has %s", n.Name, out)
 		}
 	}
+}
+
+// askAsCI has a notifier wait for a request as it does for a CI system, and returns
+// where the answer will be, once that is on its way.
+func askAsCI(ctx context.Context, t *testing.T, c *harness.Cluster, id string) <-chan string {
+	t.Helper()
+	n := notifier(t, "pfci", registry.Host, c.Nodes, "[api]\ntoken = \""+feedToken+"\"\n")
+	must(t, n.Start(ctx))
+	t.Cleanup(func() { must(t, n.Stop()) })
+	get := func(query string) string {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+n.Address+"/v1/prefetch/"+id+query, http.NoBody)
+		if err != nil {
+			return err.Error()
+		}
+		req.Header.Set("Authorization", "Bearer "+feedToken)
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return err.Error()
+		}
+		defer res.Body.Close() //nolint:errcheck // only read
+		b, err := io.ReadAll(res.Body)
+		return fmt.Sprintf("%s: %s (%v)", res.Status, b, err)
+	}
+	if answer := get(""); !strings.Contains(answer, `"state":"running"`) {
+		t.Errorf("before the younger one: %s", answer)
+	}
+	told := make(chan string, 1)
+	go func() { told <- get("?wait=60s") }()
+	return told
 }
 
 func prefetchExits(ctx context.Context, t *testing.T, c *harness.Cluster) {
