@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -23,44 +24,52 @@ type gridEvent struct {
 // giving back its code; the URL that it also holds is not asked. That of
 // CloudEvents has no body, and does not come here.
 func acr(d Delivery, r *Result) error {
-	var grid []gridEvent
-	if !bytes.HasPrefix(bytes.TrimSpace(d.Body), []byte("[")) {
-		var g gridEvent
-		if err := unmarshal(d.Body, &g); err != nil {
-			return err
+	if bytes.HasPrefix(bytes.TrimSpace(d.Body), []byte("[")) {
+		if !json.Valid(d.Body) {
+			return errors.New("not the JSON it should be: an array, and something after it, or half of one")
 		}
-		if g.SpecVersion == "" {
-			var e registryEvent
-			if err := unmarshal(d.Body, &e); err != nil {
+		for g, err := range elements[gridEvent](d.Body) {
+			if err != nil {
 				return err
 			}
-			e.add(r, cmp.Or(e.Request.Host, d.Registry))
-			return nil
+			if err := g.add(d, r); err != nil {
+				return err
+			}
 		}
-		grid = append(grid, g)
-	} else if err := unmarshal(d.Body, &grid); err != nil {
+		return nil
+	}
+	var g gridEvent
+	if err := unmarshal(d.Body, &g); err != nil {
 		return err
 	}
-	for _, g := range grid {
-		kind := cmp.Or(g.EventType, g.Type)
-		switch name := kind[strings.LastIndexByte(kind, '.')+1:]; name {
-		case "ImagePushed", "ImageDeleted":
-			var e registryEvent
-			if err := unmarshal(g.Data, &e); err != nil {
-				return fmt.Errorf("event %q: %w", clip(g.ID), err)
-			}
-			e.Action = map[string]string{"ImagePushed": "push", "ImageDeleted": "delete"}[name]
-			e.ID = cmp.Or(g.ID, e.ID)
-			e.add(r, cmp.Or(e.Request.Host, d.Registry))
-		case "ChartPushed", "ChartDeleted":
-			r.ignore(NotImage, "a chart")
-		case "SubscriptionValidationEvent":
-			if err := validate(g.Data, r); err != nil {
-				return err
-			}
-		default:
-			r.ignore(Foreign, "foreign event %q", clip(kind))
+	if g.SpecVersion != "" {
+		return g.add(d, r)
+	}
+	var e registryEvent
+	if err := unmarshal(d.Body, &e); err != nil {
+		return err
+	}
+	e.add(r, cmp.Or(e.Request.Host, d.Registry))
+	return nil
+}
+
+func (g gridEvent) add(d Delivery, r *Result) error {
+	kind := cmp.Or(g.EventType, g.Type)
+	switch name := kind[strings.LastIndexByte(kind, '.')+1:]; name {
+	case "ImagePushed", "ImageDeleted":
+		var e registryEvent
+		if err := unmarshal(g.Data, &e); err != nil {
+			return fmt.Errorf("event %q: %w", clip(g.ID), err)
 		}
+		e.Action = map[string]string{"ImagePushed": "push", "ImageDeleted": "delete"}[name]
+		e.ID = cmp.Or(g.ID, e.ID)
+		e.add(r, cmp.Or(e.Request.Host, d.Registry))
+	case "ChartPushed", "ChartDeleted":
+		r.ignore(NotImage, "a chart")
+	case "SubscriptionValidationEvent":
+		return validate(g.Data, r)
+	default:
+		r.ignore(Foreign, "foreign event %q", clip(kind))
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"mime"
 	"net/http"
 	"net/url"
@@ -105,6 +106,34 @@ func otherJSON(err error) error {
 		return fmt.Errorf("not the JSON it should be: %s is of the wrong type (%s)", cmp.Or(of.Field, "the whole"), of.Value)
 	}
 	return fmt.Errorf("not the JSON it should be: %w", err)
+}
+
+// elements reads an array of JSON, each element when it is its turn, or ends with an
+// error; null and nothing are an empty one. As a slice an array would take up to
+// fifty times the memory of its text, for "{}" is an element, too. The array is valid
+// JSON, as all is that unmarshal has read.
+func elements[T any](array json.RawMessage) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		var e, zero T // one for all of them
+		dec := json.NewDecoder(bytes.NewReader(array))
+		switch t, err := dec.Token(); {
+		case len(array) == 0 || err == nil && t == nil:
+			return
+		case err != nil || t != json.Delim('['):
+			yield(zero, errors.New("not the JSON it should be: no array where one should be"))
+			return
+		}
+		for dec.More() {
+			e = zero
+			if err := dec.Decode(&e); err != nil {
+				yield(zero, otherJSON(err))
+				return
+			}
+			if !yield(e, nil) {
+				return
+			}
+		}
+	}
 }
 
 // timestamp reads a point in time however it is written: RFC 3339 and its

@@ -2,6 +2,7 @@ package event
 
 import (
 	"cmp"
+	"encoding/json"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -28,12 +29,15 @@ type registryEvent struct {
 // registry, so the receiver's, where it is set, is the better one.
 func distribution(d Delivery, r *Result) error {
 	var envelope struct {
-		Events []registryEvent `json:"events"`
+		Events json.RawMessage `json:"events"`
 	}
 	if err := unmarshal(d.Body, &envelope); err != nil {
 		return err
 	}
-	for _, e := range envelope.Events {
+	for e, err := range elements[registryEvent](envelope.Events) {
+		if err != nil {
+			return err
+		}
 		e.add(r, cmp.Or(d.Registry, e.Request.Host, hostOf(e.Target.URL)))
 	}
 	return nil

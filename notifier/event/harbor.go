@@ -2,6 +2,7 @@ package event
 
 import (
 	"cmp"
+	"encoding/json"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -22,8 +23,12 @@ func harbor(d Delivery, r *Result) error {
 		return err
 	}
 	data, at := b.Own, b.OccurAt.Time
-	if len(b.Cloud.Resources) > 0 {
+	for _, err := range elements[json.RawMessage](b.Cloud.Resources) {
+		if err != nil {
+			return err
+		}
 		data, at = b.Cloud, b.Time.Time
+		break
 	}
 	switch b.Type {
 	case "PUSH_ARTIFACT", "pushImage", "harbor.artifact.pushed":
@@ -37,7 +42,10 @@ func harbor(d Delivery, r *Result) error {
 		r.ignore(Foreign, "foreign event %q", clip(b.Type))
 		return nil
 	}
-	for _, res := range data.Resources {
+	for res, err := range elements[harborResource](data.Resources) {
+		if err != nil {
+			return err
+		}
 		r.push(Event{
 			Registry: cmp.Or(d.Registry, hostOf(res.ResourceURL)), Repository: data.name(),
 			Tag: res.Tag, Digest: digest.Digest(res.Digest), DeliveryID: b.ID, Time: at,
@@ -47,11 +55,7 @@ func harbor(d Delivery, r *Result) error {
 }
 
 type harborData struct {
-	Resources []struct {
-		Digest      string `json:"digest"`
-		Tag         string `json:"tag"`
-		ResourceURL string `json:"resource_url"`
-	} `json:"resources"`
+	Resources  json.RawMessage `json:"resources"` // of harborResource
 	Repository struct {
 		Name         string `json:"name"`
 		Namespace    string `json:"namespace"`
@@ -61,4 +65,11 @@ type harborData struct {
 
 func (h harborData) name() string {
 	return cmp.Or(h.Repository.RepoFullName, h.Repository.Namespace+"/"+h.Repository.Name)
+}
+
+// harborResource is one image of an event.
+type harborResource struct {
+	Digest      string `json:"digest"`
+	Tag         string `json:"tag"`
+	ResourceURL string `json:"resource_url"`
 }

@@ -2,6 +2,7 @@ package event
 
 import (
 	"cmp"
+	"encoding/json"
 	"strings"
 )
 
@@ -9,19 +10,24 @@ import (
 // other notifications look the same and have no tags.
 func quay(d Delivery, r *Result) error {
 	var b struct {
-		Repository  string   `json:"repository"`
-		DockerURL   string   `json:"docker_url"`
-		UpdatedTags []string `json:"updated_tags"`
+		Repository  string          `json:"repository"`
+		DockerURL   string          `json:"docker_url"`
+		UpdatedTags json.RawMessage `json:"updated_tags"`
 	}
 	if err := unmarshal(d.Body, &b); err != nil {
 		return err
 	}
-	if len(b.UpdatedTags) == 0 {
-		r.ignore(Foreign, "foreign event of %q: no updated_tags", clip(b.Repository))
-	}
 	host, path, _ := strings.Cut(b.DockerURL, "/")
-	for _, tag := range b.UpdatedTags {
+	some := false
+	for tag, err := range elements[string](b.UpdatedTags) {
+		if err != nil {
+			return err
+		}
+		some = true
 		r.push(Event{Registry: cmp.Or(host, d.Registry), Repository: cmp.Or(path, b.Repository), Tag: tag})
+	}
+	if !some {
+		r.ignore(Foreign, "foreign event of %q: no updated_tags", clip(b.Repository))
 	}
 	return nil
 }

@@ -111,7 +111,7 @@ func TestWhatTheToolsSign(t *testing.T) {
 	} {
 		for _, way := range ways[name] {
 			for api, referrers := range map[string]bool{"with the referrers API": true, "without": false} {
-				t.Run(way+" "+api, func(t *testing.T) { signedBy(t, way, c.ours, c.theirs, serve(t, referrers)) })
+				t.Run(way+" "+api, func(t *testing.T) { signedBy(way, c.ours, c.theirs, serve(t, referrers)) })
 			}
 		}
 	}
@@ -144,7 +144,7 @@ func (s shelf) check(what string, c config.Verify, d ocispec.Descriptor, want er
 	}
 }
 
-func signedBy(t *testing.T, way string, ours, theirs config.Verify, s shelf) {
+func signedBy(way string, ours, theirs config.Verify, s shelf) {
 	image, index, part := s.image(way+"-amd64"), s.image(way+"-index"), s.image(way+"-arm64")
 	unsigned := s.image("unsigned-amd64")
 	s.check("an image", ours, image, nil)
