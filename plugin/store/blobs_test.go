@@ -159,6 +159,25 @@ func TestEvictionOrder(t *testing.T) {
 }
 
 // A blob that a client has filled but not committed is not evicted.
+// Where nothing new can be made, as without inodes, what is there can still be removed.
+func TestRemovalNeedsNoRoom(t *testing.T) {
+	s := open(t, Options{Filler: &filler{}, SeedQuota: 10_000})
+	b, _ := random(1000, 1)
+	hidden := put(t, s, b)
+	if err := s.Delete(t.Context(), hidden); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(s.stagingDir()); err != nil {
+		t.Fatal(err)
+	}
+	if s.evictHidden(0); exists(t, s.blobPath(hidden)) {
+		t.Error("it is still there")
+	}
+	if err := os.Mkdir(s.stagingDir(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestEvictionSparesWhatWillBeCommitted(t *testing.T) {
 	s := open(t, Options{Filler: &filler{}})
 	b, d := random(1000, 1)

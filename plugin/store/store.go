@@ -354,11 +354,12 @@ func (s *Store) blobPath(d digest.Digest) string {
 }
 
 // trash takes a file out of the way by renaming it, which is quick, and leaves
-// the unlinking, which is not when the file is big, to a goroutine.
+// the unlinking, which is not when the file is big, to a goroutine. Where no name can
+// be made for that, as on a disk that is out of inodes, it unlinks at once.
 func (s *Store) trash(path string) error {
 	f, err := os.CreateTemp(s.stagingDir(), "*.trash")
 	if err != nil {
-		return fmt.Errorf("remove %s: %w", path, err)
+		return os.Remove(path)
 	}
 	name := f.Name()
 	if err := errors.Join(f.Close(), os.Rename(path, name)); err != nil {
