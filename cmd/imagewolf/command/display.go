@@ -71,7 +71,7 @@ func (l *lines) close() {}
 
 // lineOf says in one line where a node is.
 func lineOf(n *imagewolfv1.NodePrefetch) string {
-	parts := []string{n.Node, stateName(n.State)}
+	parts := []string{oneLine(n.Node), stateName(n.State)}
 	if n.Total > 0 {
 		parts = append(parts, amount(n))
 	}
@@ -139,7 +139,7 @@ func (b *bars) update(st *imagewolfv1.PrefetchStatus) {
 func (b *bars) add(name string) *bar {
 	one := &bar{text: make(chan string, 1)}
 	one.bar = b.progress.AddBar(0,
-		mpb.PrependDecorators(decor.Name(name+" ")),
+		mpb.PrependDecorators(decor.Name(oneLine(name)+" ")),
 		mpb.AppendDecorators(decor.CountersKibiByte("% .1f / % .1f"), decor.Any(func(decor.Statistics) string {
 			select {
 			case one.after = <-one.text:

@@ -364,9 +364,9 @@ func outcome(st *imagewolfv1.PrefetchStatus) error {
 func few(names []string) string {
 	const most = 10
 	if len(names) > most {
-		return strings.Join(names[:most], ", ") + ", …"
+		return oneLine(strings.Join(names[:most], ", ")) + ", …"
 	}
-	return strings.Join(names, ", ")
+	return oneLine(strings.Join(names, ", "))
 }
 
 // printJSON prints a message as one line of JSON, by the names of

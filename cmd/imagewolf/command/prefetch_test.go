@@ -150,8 +150,9 @@ func TestPrefetchEnds(t *testing.T) {
 		stdout string
 		err    string
 	}{
-		"done":       {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", pulling, "")}, {part("n1", done, "")}}, breaks: 2}, nil, 0, "n1  pulling  1MiB/2MiB\nn1  done  1MiB/2MiB\n", ""},
-		"one failed": {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", done, ""), part("n2", failed, "no\nspace \x1b[2J")}}}, nil, 1, "n1  done  1MiB/2MiB\nn2  failed  1MiB/2MiB  no space  [2J\n", "1 of 2 nodes failed: n2"},
+		"done":                 {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", pulling, "")}, {part("n1", done, "")}}, breaks: 2}, nil, 0, "n1  pulling  1MiB/2MiB\nn1  done  1MiB/2MiB\n", ""},
+		"one failed":           {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", done, ""), part("n2", failed, "no\nspace \x1b[2J")}}}, nil, 1, "n1  done  1MiB/2MiB\nn2  failed  1MiB/2MiB  no space  [2J\n", "1 of 2 nodes failed: n2"},
+		"one with an odd name": {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n\x1b[2J1", failed, "")}}}, nil, 1, "n [2J1  failed  1MiB/2MiB\n", "1 of 1 nodes failed: n [2J1"},
 		"superseded": {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", done, ""), superseded}}}, nil, 3, "",
 			"superseded on 1 of 2 nodes: n2: a younger request pulled the tag"},
 		"canceled": {&fakeAPI{watched: [][]*imagewolfv1.NodePrefetch{{part("n1", done, ""), part("n2", canceled, "")}}}, nil, 1, "", "canceled on 1 of 2 nodes: n2"},
