@@ -249,11 +249,14 @@ func (s *session) patience(now time.Time) {
 		return
 	}
 	stall := cfg.StallTimeout.Duration()
-	if s.state.Writing == 0 && still >= stall && now.Sub(s.askedAt) >= stall/2 {
+	// From then on the silent are named, and at once: soon the tracker sends somebody
+	// to the registry for want of them, and nobody waits for them any more.
+	long := stall + stall/2
+	due := now.Sub(s.askedAt) >= stall/2 || still >= long && s.askedAt.Before(s.movedAt.Add(long))
+	if s.state.Writing == 0 && still >= stall && due {
 		s.askedAt = now
 		ask := &apiv1.Ask{}
-		// Sooner than the tracker does without them.
-		if long := stall + stall/2; still >= long {
+		if still >= long {
 			ask.Silent = s.silent(now.Add(-long))
 		}
 		s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Ask{Ask: ask}})

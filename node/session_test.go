@@ -133,3 +133,39 @@ func TestLostTracker(t *testing.T) {
 		}
 	}
 }
+
+// asks counts how often a tracker is asked.
+type asks struct {
+	trackerSession
+	n int
+}
+
+func (a *asks) Send(m *apiv1.MemberMessage) error {
+	if m.GetAsk() != nil {
+		a.n++
+	}
+	return nil
+}
+
+// TestAsks: a session without a new byte asks after the stall timeout, again and
+// again, and once at the moment from which it names those that are silent.
+func TestAsks(t *testing.T) {
+	moved, tracker := time.Now(), &asks{}
+	cfg := config.Default()
+	cfg.Tracker.StallTimeout = config.Duration(2 * time.Second)
+	s := &session{node: &Node{cfg: cfg}, tracker: tracker, state: store.State{Waiting: 1}, movedAt: moved}
+	var at []time.Duration
+	for after := time.Duration(0); after < 6*time.Second; after += 10 * time.Millisecond {
+		was := tracker.n
+		if s.patience(moved.Add(after)); tracker.n > was {
+			at = append(at, after)
+		}
+		if after == 2050*time.Millisecond {
+			s.askedAt = moved.Add(after) // it looked a little late
+		}
+	}
+	want := []time.Duration{2 * time.Second, 3 * time.Second, 4 * time.Second, 5 * time.Second}
+	if !slices.Equal(at, want) {
+		t.Errorf("asks after %v, want %v", at, want)
+	}
+}
