@@ -12,10 +12,10 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// withStatus is an error with an exit status of its own.
-type withStatus struct{ error }
+// statusError is an error with an exit status of its own.
+type statusError struct{ error }
 
-func (withStatus) ExitStatus() int { return 7 }
+func (statusError) ExitStatus() int { return 7 }
 
 // A command line that makes no sense is answered in one line that names the word and
 // where help is, and never by a page.
@@ -47,7 +47,7 @@ func TestUsage(t *testing.T) {
 				Name: "thing", Flags: []cli.Flag{&cli.UintFlag{Name: "n"}}, Action: func(*cli.Context) error { return nil },
 			}}},
 			&cli.Command{Name: "fail", Action: func(*cli.Context) error { return luck }},
-			&cli.Command{Name: "own", Action: func(*cli.Context) error { return fmt.Errorf("%w", withStatus{luck}) }},
+			&cli.Command{Name: "own", Action: func(*cli.Context) error { return fmt.Errorf("%w", statusError{luck}) }},
 		)
 		var out, errOut bytes.Buffer
 		app.Writer, app.ErrWriter = &out, &errOut
