@@ -249,17 +249,18 @@ func (s *session) patience(now time.Time) {
 		return
 	}
 	stall := cfg.StallTimeout.Duration()
-	// From then on the silent are named, and at once: soon the tracker sends somebody
-	// to the registry for want of them, and nobody waits for them any more.
-	long := stall + stall/2
-	due := now.Sub(s.askedAt) >= stall/2 || still >= long && s.askedAt.Before(s.movedAt.Add(long))
-	if s.state.Writing == 0 && still >= stall && due {
-		s.askedAt = now
-		ask := &apiv1.Ask{}
-		if still >= long {
-			ask.Silent = s.silent(now.Add(-long))
-		}
-		s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Ask{Ask: ask}})
+	if s.state.Writing > 0 || still < stall {
+		return
+	}
+	// Who is silent is named sooner than the tracker does without, and at once: soon
+	// it sends somebody to the registry, and then nobody waits for them any more.
+	var silent []string
+	if long := stall + stall/2; still >= long {
+		silent = s.silent(now.Add(-long))
+	}
+	if now.Sub(s.askedAt) >= stall/2 || len(silent) > 0 && !slices.Equal(silent, s.named) {
+		s.askedAt, s.named = now, silent
+		s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Ask{Ask: &apiv1.Ask{Silent: silent}}})
 	}
 }
 

@@ -96,6 +96,7 @@ type session struct {
 	failed     int         // State.Failed when last looked at
 	movedAt    time.Time   // when the last new byte was seen, or the wait began
 	askedAt    time.Time
+	named      []string  // the silent peers that were named when it last asked
 	usedAt     time.Time // when the session was last of use to anyone
 	started    time.Time
 	metered    metered

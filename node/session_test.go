@@ -82,8 +82,26 @@ func TestSilent(t *testing.T) {
 	if got := s.silent(before); len(got) > 0 {
 		t.Errorf("%v are silent before they were asked", got)
 	}
-	if got, want := s.silent(time.Now().Add(time.Second)), []string{"is not there"}; !slices.Equal(got, want) {
+	want := []string{"is not there"}
+	if got := s.silent(time.Now().Add(time.Second)); !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
+	}
+	// They are named at once, and then as often as the tracker is asked anyway.
+	tracker, cfg := &asks{}, config.Default()
+	s.node, s.tracker, s.state = &Node{cfg: cfg}, tracker, store.State{Waiting: 1}
+	stall := cfg.Tracker.StallTimeout.Duration()
+	now := time.Now().Add(time.Minute)
+	s.movedAt, s.askedAt = now.Add(-stall-stall/2+time.Millisecond), now
+	for after, n := range []int{0, 1, 1} {
+		if s.patience(now.Add(time.Duration(after) * 10 * time.Millisecond)); tracker.n != n {
+			t.Errorf("%d looks: %d asks, want %d", after+1, tracker.n, n)
+		}
+	}
+	if !slices.Equal(tracker.silent, want) {
+		t.Errorf("the tracker is told of %v", tracker.silent)
+	}
+	if s.patience(now.Add(stall)); tracker.n != 2 {
+		t.Errorf("%d asks later, want 2", tracker.n)
 	}
 }
 
@@ -134,38 +152,16 @@ func TestLostTracker(t *testing.T) {
 	}
 }
 
-// asks counts how often a tracker is asked.
+// asks has the silent peers that a tracker was last told of, and how often it was
+// asked.
 type asks struct {
 	trackerSession
-	n int
+	n      int
+	silent []string
 }
 
 func (a *asks) Send(m *apiv1.MemberMessage) error {
-	if m.GetAsk() != nil {
-		a.n++
-	}
+	a.n++
+	a.silent = m.GetAsk().GetSilent()
 	return nil
-}
-
-// TestAsks: a session without a new byte asks after the stall timeout, again and
-// again, and once at the moment from which it names those that are silent.
-func TestAsks(t *testing.T) {
-	moved, tracker := time.Now(), &asks{}
-	cfg := config.Default()
-	cfg.Tracker.StallTimeout = config.Duration(2 * time.Second)
-	s := &session{node: &Node{cfg: cfg}, tracker: tracker, state: store.State{Waiting: 1}, movedAt: moved}
-	var at []time.Duration
-	for after := time.Duration(0); after < 6*time.Second; after += 10 * time.Millisecond {
-		was := tracker.n
-		if s.patience(moved.Add(after)); tracker.n > was {
-			at = append(at, after)
-		}
-		if after == 2050*time.Millisecond {
-			s.askedAt = moved.Add(after) // it looked a little late
-		}
-	}
-	want := []time.Duration{2 * time.Second, 3 * time.Second, 4 * time.Second, 5 * time.Second}
-	if !slices.Equal(at, want) {
-		t.Errorf("asks after %v, want %v", at, want)
-	}
 }
