@@ -13,7 +13,7 @@ import (
 
 // NotifierRegistry says how the notifier itself asks registries.
 type NotifierRegistry struct {
-	CredentialFiles []string `toml:"credential_files" comment:"Docker config files (config.json, .dockerconfigjson) with the registries' credentials; the first that has some for a host counts. Read again for every login."`
+	CredentialFiles []string `toml:"credential_files" comment:"Docker config files (config.json, .dockerconfigjson, .dockercfg) with the registries' credentials, or the credential helpers that have them; entries for a whole registry count. Read again when they change."`
 	PlainHTTP       []string `toml:"plain_http" comment:"Registries that speak plain HTTP, as patterns of hosts."`
 	CAFile          string   `toml:"ca_file" comment:"Certificates (PEM) of authorities to trust beside the system's."`
 	TokenHosts      []string `toml:"token_hosts" comment:"Hosts, as patterns, that may be sent credentials for a token though they are of another domain than the registry that names them."`

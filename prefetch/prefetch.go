@@ -22,7 +22,7 @@ import (
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 
-	"github.com/imagewolf/imagewolf/prefetch/credentials"
+	"github.com/imagewolf/imagewolf/internal/credentials"
 )
 
 const (

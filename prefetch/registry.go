@@ -15,7 +15,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/imagewolf/imagewolf/prefetch/credentials"
+	"github.com/imagewolf/imagewolf/internal/credentials"
 )
 
 // registry is how one pull speaks to the hosts that serve its image.

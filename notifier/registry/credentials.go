@@ -2,34 +2,26 @@ package registry
 
 import (
 	"context"
-	"fmt"
-	"os"
+	"errors"
 
 	"oras.land/oras-go/v2/registry/remote/auth"
-	"oras.land/oras-go/v2/registry/remote/credentials"
+
+	"github.com/imagewolf/imagewolf/internal/credentials"
 )
 
-// credentialsOf returns what docker config files say about a host: the first
-// that has something counts. The files are read for every login, so that a
-// secret that is exchanged is known, and logins are few, for tokens are kept.
-func credentialsOf(files []string) auth.CredentialFunc {
+// credentialsOf returns what the files say about a host. What they say about a part of
+// it does not count, for what a login brings is kept by host.
+func credentialsOf(keys *credentials.Keychain) auth.CredentialFunc {
 	return func(ctx context.Context, hostport string) (auth.Credential, error) {
-		for _, file := range files {
-			if _, err := os.Stat(file); err != nil { // the library takes an absent file for an empty one
-				return auth.EmptyCredential, fmt.Errorf("credentials: %w", err)
-			}
-			store, err := credentials.NewStore(file, credentials.StoreOptions{})
-			if err != nil {
-				return auth.EmptyCredential, fmt.Errorf("credentials in %s: %w", file, err)
-			}
-			c, err := credentials.Credential(store)(ctx, hostport)
-			if err != nil {
-				return auth.EmptyCredential, fmt.Errorf("credentials for %s in %s: %w", hostport, file, err)
-			}
-			if c != auth.EmptyCredential {
-				return c, nil
-			}
+		c, err := keys.Lookup(ctx, hostport, "")
+		switch {
+		case errors.Is(err, credentials.ErrNone):
+			return auth.EmptyCredential, nil
+		case err != nil:
+			return auth.EmptyCredential, err
+		case c.Username == "":
+			return auth.Credential{RefreshToken: c.Secret}, nil
 		}
-		return auth.EmptyCredential, nil
+		return auth.Credential{Username: c.Username, Password: c.Secret}, nil
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/url"
 	"slices"
@@ -29,6 +30,7 @@ import (
 	"oras.land/oras-go/v2/registry/remote/errcode"
 
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/internal/credentials"
 	"github.com/imagewolf/imagewolf/notifier/internal/lru"
 	"github.com/imagewolf/imagewolf/notifier/pattern"
 )
@@ -72,8 +74,10 @@ type Registry struct {
 	away   map[string]time.Time // until when a host is not asked
 }
 
-// New reads what the settings name. It asks no registry yet.
-func New(c config.NotifierRegistry) (*Registry, error) {
+// New reads what the settings name, but for the credentials' files: these are read
+// when a registry wants to know who asks, and again when they change. What is wrong
+// with one of them goes to log. It asks no registry yet.
+func New(c config.NotifierRegistry, log *slog.Logger) (*Registry, error) {
 	plain, err := pattern.NewHosts(c.PlainHTTP)
 	if err != nil {
 		return nil, fmt.Errorf("registry.plain_http: %w", err)
@@ -83,7 +87,7 @@ func New(c config.NotifierRegistry) (*Registry, error) {
 		return nil, err
 	}
 	return &Registry{
-		plain: plain, http: &http.Client{Transport: transport}, credentials: credentialsOf(c.CredentialFiles),
+		plain: plain, http: &http.Client{Transport: transport}, credentials: credentialsOf(credentials.New(c.CredentialFiles, log)),
 		kept: lru.New[string, any](maxCache), away: map[string]time.Time{},
 	}, nil
 }

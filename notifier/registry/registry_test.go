@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -21,6 +22,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.uber.org/goleak"
+	"oras.land/oras-go/v2/registry/remote/auth"
 
 	"github.com/imagewolf/imagewolf/config"
 )
@@ -103,7 +105,7 @@ func (s *server) client(t *testing.T, c config.NotifierRegistry) *Registry {
 	if c.CAFile = s.ca; s.ca == "" {
 		c.PlainHTTP = []string{s.host}
 	}
-	r, err := New(c)
+	r, err := New(c, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -356,8 +358,8 @@ func TestCredentialsAreSentToTheRegistryAndItsTokenServer(t *testing.T) {
 	if err := os.Remove(file); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := credentialsOf([]string{file})(t.Context(), s.host); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("a file that is gone: %v", err)
+	if c, err := r.credentials(t.Context(), s.host); err != nil || c != auth.EmptyCredential {
+		t.Errorf("a file that is gone: %v, %v", c, err)
 	}
 }
 
@@ -485,7 +487,7 @@ func TestSettingsThatCannotBe(t *testing.T) {
 	for _, c := range []config.NotifierRegistry{
 		{CAFile: "/nonexistent"}, {CAFile: write(t, "no certificate")}, {PlainHTTP: []string{"a b"}}, {TokenHosts: []string{"a/b"}},
 	} {
-		if _, err := New(c); err == nil || !strings.Contains(err.Error(), "registry.") {
+		if _, err := New(c, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "registry.") {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}

@@ -110,7 +110,7 @@ func New(c config.Notifier, o Options) (*Rules, error) {
 	if r.allow, err = pattern.NewHosts(c.AllowRegistries); err != nil {
 		errs = append(errs, fmt.Errorf("allow_registries: %w", err))
 	}
-	asked, err := registry.New(c.Registry)
+	asked, err := registry.New(c.Registry, r.log)
 	if err != nil {
 		return nil, errors.Join(append(errs, err)...)
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"log"
+	"log/slog"
 	"net/http/httptest"
 	"strings"
 	"testing"
@@ -134,7 +135,7 @@ func storeOf(dir string) config.Verify {
 // check has an image verified.
 func (s shelf) check(what string, c config.Verify, d ocispec.Descriptor, want error) {
 	s.t.Helper()
-	from, err := registry.New(config.NotifierRegistry{PlainHTTP: []string{s.Reference.Registry}})
+	from, err := registry.New(config.NotifierRegistry{PlainHTTP: []string{s.Reference.Registry}}, slog.New(slog.DiscardHandler))
 	must(s.t, err)
 	v, err := verify.New(c, from)
 	must(s.t, err)

@@ -3,6 +3,7 @@ package verifytest
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -26,7 +27,7 @@ type suite struct {
 // Suite signs images at a registry that speaks plain HTTP, and sees which of
 // them are taken.
 func Suite(t *testing.T, host string) {
-	from, err := registry.New(config.NotifierRegistry{PlainHTTP: []string{host}})
+	from, err := registry.New(config.NotifierRegistry{PlainHTTP: []string{host}}, slog.New(slog.DiscardHandler))
 	must(t, err)
 	s := suite{host, from}
 	t.Run("cosign by tag", func(t *testing.T) { s.cosign(t, "tag", byTag) })
@@ -201,7 +202,7 @@ func (s suite) noVerdict(t *testing.T) {
 	for _, status := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusInternalServerError, http.StatusServiceUnavailable} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(status) }))
 		host := server.Listener.Addr().String()
-		from, err := registry.New(config.NotifierRegistry{PlainHTTP: []string{host}})
+		from, err := registry.New(config.NotifierRegistry{PlainHTTP: []string{host}}, slog.New(slog.DiscardHandler))
 		must(t, err)
 		for _, c := range []config.Verify{
 			{Type: "cosign", Keys: []string{newKey(t).file}}, {Type: "notation", TrustPolicy: policy(t, "strict", "*"), TrustStore: ours.store},
