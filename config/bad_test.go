@@ -82,7 +82,6 @@ var badFiles = map[string][]string{
 	"node_api.bad.toml": {
 		"node_api.socket: is the same as socket or containerd_socket",
 		"node_api.socket_mode: \"rw-rw----\" is no mode of a socket",
-		"node_api.socket_group: \"nobody-has-this\" is no group of this machine",
 		"node_api.address: given without node_api.token_file",
 		"node_api.address: [::]:7946 has the port of cluster.gossip_address (0.0.0.0:7946)",
 	},
@@ -195,9 +194,9 @@ func TestWarnings(t *testing.T) {
 	if w := c.Warnings(); len(w) != 0 {
 		t.Errorf("warnings about nothing: %q", w)
 	}
-	c.Root, c.Cluster.Insecure, c.Cluster.Join = "/srv/blobs", true, nil
+	c.Root, c.Cluster.Insecure, c.Cluster.Join, c.NodeAPI.SocketGroup = "/srv/blobs", true, nil, "nobody-has-this"
 	w := c.Warnings()
-	for i, key := range []string{"root: ", "cluster.insecure: ", "cluster.join: "} {
+	for i, key := range []string{`node_api.socket_group: "nobody-has-this" is no group of this machine`, "root: ", "cluster.insecure: ", "cluster.join: "} {
 		if i >= len(w) || !strings.HasPrefix(w[i], key) {
 			t.Errorf("%s not among %q", key, w)
 		}

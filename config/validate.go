@@ -124,9 +124,6 @@ func (p *problems) nodeAPI(c Config) {
 	if _, err := a.Mode(); err != nil {
 		p.add("node_api.socket_mode", "%w", err)
 	}
-	if _, err := a.Group(); err != nil {
-		p.add("node_api.socket_group", "%w", err)
-	}
 	if a.TokenFile != "" {
 		p.file("node_api.token_file", a.TokenFile, true)
 	}
@@ -144,6 +141,9 @@ func (p *problems) nodeAPI(c Config) {
 // Warnings returns what is allowed and probably not meant, each with its key.
 func (c Config) Warnings() []string {
 	var out []string
+	if _, err := c.NodeAPI.Group(); err != nil { // one that is made later: the Node API is tried again
+		out = append(out, fmt.Sprintf("node_api.socket_group: %v; until then there is no Node API", err))
+	}
 	if filepath.Base(c.Root) != ContentDir {
 		out = append(out, fmt.Sprintf("root: %s does not end in %s: containerd's builtin store will not find the blobs when ImageWolf is taken off",
 			c.Root, ContentDir))

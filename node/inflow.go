@@ -33,7 +33,7 @@ const (
 	// many: more than what keeps a connection alive.
 	inflowLately = 2 * time.Second
 	inflowLeast  = 4 << 10
-	// inflowSpan is how long looks are kept. No patience is longer.
+	// inflowSpan is how long looks are kept.
 	inflowSpan = time.Minute
 	// maxConnections is with how many connections of other processes the node does
 	// without the look: it would take too long.
@@ -85,7 +85,7 @@ func (f *inflow) receiving(now, since time.Time, fetches int, wait time.Duration
 		}
 	}
 	least, limit := uint64(0), uint64(fetches)*handedOn+inflowSlack
-	if quiet := now.Sub(since); quiet >= aWhile && wait > 0 {
+	if quiet := min(now.Sub(since), inflowSpan); quiet >= aWhile && wait > 0 {
 		least = uint64(handedOn * quiet.Seconds() / wait.Seconds())
 	}
 	for socket, n := range last.received {

@@ -82,6 +82,24 @@ func TestInflowForgetsWhatWasBeforeTheSilence(t *testing.T) {
 	})
 }
 
+// Where nodes wait for long, a fetch may be slower than the looks that are kept are old.
+func TestInflowOverALongWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var n uint64
+		f := &inflow{log: slog.New(slog.DiscardHandler), connections: func() (map[uint32]uint64, error) {
+			n += 5 << 9 // 5 KiB/s
+			return map[uint32]uint64{7: n}, nil
+		}}
+		since := time.Now()
+		for range 240 { // two minutes
+			if got := f.receiving(time.Now(), since, 1, 4*time.Minute); time.Since(since) > inflowLately && !got {
+				t.Fatalf("%v after the last chunk: not receiving", time.Since(since))
+			}
+			time.Sleep(sampleEvery)
+		}
+	})
+}
+
 func TestInflowWithoutTheKernelsWord(t *testing.T) {
 	looks := 0
 	f := &inflow{log: slog.New(slog.DiscardHandler), connections: func() (map[uint32]uint64, error) {

@@ -231,13 +231,10 @@ func (s *session) patience(now time.Time) {
 	}
 	cfg := s.node.cfg.Tracker
 	still := now.Sub(s.movedAt)
-	wait := cfg.MaxWait.Duration()
-	if s.node.book.busy(s.digest, now) {
-		// The line is full of other blobs, and would be of this one twice if it
-		// came from the registry, too.
-		wait *= busyWaits
-	}
-	if still >= wait {
+	// A line that is full of other blobs would be of this one twice, if it came from
+	// the registry, too.
+	full := func() bool { return s.node.book.busy(s.digest, now) || s.receives(now) }
+	if wait := cfg.MaxWait.Duration(); still >= busyWaits*wait || still >= wait && !full() {
 		// Also when another client of this node is at the registry already: its
 		// connection may hang.
 		s.log.Info("no new byte: going to the registry", "waited", still, "prefix", s.state.Prefix)

@@ -259,7 +259,7 @@ func (s *session) join(ctx context.Context) {
 	}
 	ts, err := s.stack.tracker.Join(ctx, hello)
 	if err != nil {
-		if time.Since(s.lostAt) < s.node.cfg.Tracker.StallTimeout.Duration() {
+		if errors.Is(err, tracker.ErrNoTracker) && time.Since(s.lostAt) < s.node.cfg.Tracker.StallTimeout.Duration() {
 			s.log.Debug("no tracker yet", "err", err)
 			s.retryAt = time.Now().Add(retryLost)
 			return

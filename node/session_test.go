@@ -12,6 +12,7 @@ import (
 	apiv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/node/metrics"
 	"github.com/imagewolf/imagewolf/plugin/store"
 	"github.com/imagewolf/imagewolf/swarm"
 )
@@ -139,15 +140,41 @@ func TestLostTracker(t *testing.T) {
 	})
 	stall := cfg.Tracker.StallTimeout.Duration()
 	for _, c := range []struct {
-		lost time.Time
+		name string
+		join func(s *session)
 		sent int
-	}{{time.Time{}, 1}, {time.Now(), 0}, {time.Now().Add(-stall), 1}} {
+	}{
+		{"never had one", func(s *session) { s.join(t.Context()) }, 1},
+		{"has lost it", func(s *session) { s.tracker = &asks{}; s.lost(t.Context()) }, 0},
+		{"lost it long ago", func(s *session) { s.lostAt = time.Now().Add(-stall); s.join(t.Context()) }, 1},
+	} {
 		content := &clients{}
 		s := newSession(n, st, "sha256:00", mib, content)
-		s.lostAt = c.lost
-		s.join(t.Context())
+		c.join(s)
 		if content.sent != c.sent || s.retryAt.IsZero() {
-			t.Errorf("lost %v ago: %d sent to the registry, want %d; looks again at %v", time.Since(c.lost), content.sent, c.sent, s.retryAt)
+			t.Errorf("%s: %d sent to the registry, want %d; looks again at %v", c.name, content.sent, c.sent, s.retryAt)
+		}
+	}
+}
+
+// TestFullLine: who waits for a blob whose line is full of another waits twice as long.
+func TestFullLine(t *testing.T) {
+	cfg := config.Default()
+	wait := cfg.Tracker.MaxWait.Duration()
+	for _, c := range []struct {
+		still time.Duration
+		full  bool
+		sent  int
+	}{{wait, false, 1}, {wait, true, 0}, {2 * wait, true, 1}} {
+		n := &Node{cfg: cfg, log: testLog(t), book: newBook(), metrics: metrics.New(metrics.Now{})}
+		content, now := &clients{}, time.Now()
+		s := newSession(n, &stack{}, "sha256:00", mib, content)
+		s.tracker, s.state, s.movedAt = &asks{}, store.State{Waiting: 1}, now.Add(-c.still)
+		if n.book.enter("sha256:01"); c.full {
+			n.book.moved("sha256:01", now)
+		}
+		if s.patience(now); content.sent != c.sent {
+			t.Errorf("after %v, the line full: %v: %d sent to the registry, want %d", c.still, c.full, content.sent, c.sent)
 		}
 	}
 }
@@ -159,6 +186,10 @@ type asks struct {
 	n      int
 	silent []string
 }
+
+func (a *asks) Err() error { return nil }
+
+func (a *asks) Close() {}
 
 func (a *asks) Send(m *apiv1.MemberMessage) error {
 	a.n++

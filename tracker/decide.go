@@ -264,13 +264,23 @@ func (m *Machine) patience(now time.Time, f *member) time.Duration {
 		if m.maxWait == 0 {
 			return receivingStalls * m.stall
 		}
-		return max(m.maxWait*8/5, m.stall) // members whose lines are full wait for twice max_wait
+		// Members whose lines are full wait for twice max_wait, the others do not.
+		soon := max(m.maxWait*4/5, m.stall)
+		if now.Before(f.moved.Add(soon)) || m.idleWaits(now) {
+			return soon
+		}
+		return 2 * soon
 	case f.works(now, m.stall):
 		d = busyStalls * m.stall
 	case f.gap == 0:
 		d = 2 * m.stall
 	}
 	return m.most(d)
+}
+
+// idleWaits says whether a member waits for the blob and gets no bytes of others.
+func (m *Machine) idleWaits(now time.Time) bool {
+	return slices.ContainsFunc(m.list, func(x *member) bool { return x.starves(m.size) && !x.works(now, m.stall) })
 }
 
 // most bounds a wait, so that it ends before members go to the registry by

@@ -25,6 +25,9 @@ const (
 	// reachTime is how long a better tracker is tried before its blobs' members
 	// stay where they are, until the next occasion.
 	reachTime = 5 * time.Second
+	// maxMovers is how many fetchers of a blob are believed that they go on elsewhere:
+	// names are free where certificates are the user's own.
+	maxMovers = 4 * maxFetchers
 	// goodbyeTime is how long a tracker that is left may take to hear of it.
 	goodbyeTime = 250 * time.Millisecond
 )
@@ -38,7 +41,7 @@ func (m *Machine) Move(now time.Time, name string) []Command {
 	if x == nil {
 		return nil
 	}
-	if x.class == fetcher && !m.movers[name] {
+	if x.class == fetcher && !m.movers[name] && len(m.movers) < maxMovers {
 		m.movers[name] = true
 		m.resumeUntil = later(m.resumeUntil, now.Add(m.stall))
 	}
@@ -68,7 +71,7 @@ func (m *Machine) everyone() bool { return m.count != nil && len(m.list) >= m.co
 // then: it does not wait.
 func (c *Client) TrackersChanged() {
 	for _, s := range c.open() {
-		if best, ok := c.better(s); ok && !c.avoided(best) {
+		if best, ok := c.better(s); ok && (!c.avoided(best) || !c.tracks(s)) {
 			c.reach(best)
 		}
 	}

@@ -7,6 +7,9 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/test/bufconn"
+
 	api "github.com/imagewolf/imagewolf/api/v1"
 )
 
@@ -229,6 +232,65 @@ func TestSessionLeavesAFormerTracker(t *testing.T) {
 			t.Errorf("over after %v: %v", took, s.Err())
 		}
 	})
+}
+
+// mute answers a member once and hears no more of it.
+type mute struct{ api.UnimplementedTrackerServer }
+
+func (mute) Join(stream grpc.BidiStreamingServer[api.MemberMessage, api.TrackerMessage]) error {
+	if _, err := stream.Recv(); err != nil {
+		return err
+	}
+	if err := stream.Send(waitFor("").Msg); err != nil {
+		return err
+	}
+	<-stream.Context().Done()
+	return nil
+}
+
+// A former tracker that hears no goodbye is not waited for.
+func TestSessionLeavesADeafTracker(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		deaf := &testServer{peer: Peer{"t1", "t1"}, g: grpc.NewServer(), pipe: bufconn.Listen(1 << 16), cancel: func() {}}
+		api.RegisterTrackerServer(deaf.g, mute{})
+		deaf.wg.Go(func() { _ = deaf.g.Serve(deaf.pipe) }) // ends with Stop
+		n.t.Cleanup(deaf.kill)
+		n.servers["t1"] = deaf
+		n.setOrder(deaf.peer)
+		c := n.client("a", "")
+		s := n.join(c, nil)
+		defer s.Close()
+		expect(t, s, "wait")
+		n.setOrder(Peer{"t0", "t0"})
+		c.TrackersChanged()
+		began := time.Now()
+		for range s.Recv() {
+		}
+		if took := time.Since(began); !errors.Is(s.Err(), ErrMoved) || took != reachTime+goodbyeTime {
+			t.Errorf("over after %v: %v", took, s.Err())
+		}
+	})
+}
+
+// Under however many names fetchers say that they move, the others wait for a few.
+func TestOnlySoManyMoversAreBelieved(t *testing.T) {
+	m := NewMachine(testDigest, testSize, MachineOptions{StallTimeout: testStall, Layout: testLayout})
+	now := epoch
+	for i := range 2 * maxMovers {
+		now = now.Add(testStall)
+		name := fmt.Sprint("x", i)
+		hello := &api.Hello{Digest: testDigest.String(), Size: testSize, Self: &api.Peer{Name: name, Address: "a:1"}, Status: &api.Status{Fetching: true}}
+		if _, err := m.Join(now, hello); err != nil {
+			t.Fatal(err)
+		}
+		m.Move(now, name)
+		if believed := m.resumeUntil.Equal(now.Add(testStall)); believed != (i < maxMovers) {
+			t.Errorf("the %dth that moves: believed is %v", i+1, believed)
+		}
+	}
+	if len(m.movers) > maxMovers {
+		t.Errorf("%d names are kept", len(m.movers))
+	}
 }
 
 // Who went to the next tracker because the best could not be connected to in time

@@ -114,7 +114,8 @@ type MachineOptions struct {
 	// is sent beside it; 0 means DefaultStallTimeout.
 	StallTimeout time.Duration
 	// MaxWait is after how long without a new byte members go to the registry
-	// by themselves, all of them: a second fetcher is sent well before that.
+	// by themselves, all of them: a second fetcher is sent well before that. Those
+	// that get bytes of other blobs wait twice as long.
 	// 0 means never.
 	MaxWait time.Duration
 	// Members is how many nodes the cluster has now; nil if unknown. Once

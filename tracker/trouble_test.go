@@ -163,12 +163,32 @@ func TestPatienceEndsWellBeforeAllGiveUp(t *testing.T) {
 		{6 * time.Second, 4 * time.Second, false},
 		{2 * time.Second, 2 * time.Second, false},
 		{0, receivingStalls * 2 * time.Second, true},
-		{30 * time.Second, 48 * time.Second, true},
+		{30 * time.Second, 24 * time.Second, true},
 		{time.Second, 2 * time.Second, true},
 	} {
 		m := NewMachine(testDigest, testSize, MachineOptions{Layout: testLayout, StallTimeout: 2 * time.Second, MaxWait: c.maxWait})
-		if got := m.patience(epoch, &member{fetching: true, busy: true, busyAt: epoch, receiving: c.receiving}); got != c.want {
+		if got := m.patience(epoch, &member{fetching: true, moved: epoch, busy: true, busyAt: epoch, receiving: c.receiving}); got != c.want {
 			t.Errorf("%v with max_wait %v, want %v", got, c.maxWait, c.want)
+		}
+	}
+}
+
+// Who gets no bytes at all goes by itself after max_wait: one more is sent before.
+func TestPatienceWithThoseThatWait(t *testing.T) {
+	const maxWait = 30 * time.Second
+	for _, c := range []struct {
+		after, want time.Duration
+		busy        bool
+	}{
+		{time.Second, maxWait * 4 / 5, true},
+		{maxWait * 4 / 5, maxWait * 8 / 5, true},
+		{maxWait * 4 / 5, maxWait * 4 / 5, false},
+	} {
+		m := NewMachine(testDigest, testSize, MachineOptions{Layout: testLayout, StallTimeout: testStall, MaxWait: maxWait})
+		now := epoch.Add(c.after)
+		m.list = []*member{{class: leecher, busy: c.busy, busyAt: now}}
+		if got := m.patience(now, &member{fetching: true, moved: epoch, busy: true, busyAt: now, receiving: true}); got != c.want {
+			t.Errorf("after %v, with one that waits (busy: %v): %v, want %v", c.after, c.busy, got, c.want)
 		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -49,7 +50,10 @@ func innocent(err error) bool {
 	return slices.ContainsFunc([]error{
 		os.ErrPermission, os.ErrNotExist,
 		syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM,
-	}, func(target error) bool { return errors.Is(err, target) })
+	}, func(target error) bool {
+		// bbolt tells some of them as text alone.
+		return errors.Is(err, target) || strings.HasSuffix(err.Error(), ": "+target.Error())
+	})
 }
 
 func try(path, version string, load func(tx *bbolt.Tx) error) (db *bbolt.DB, err error) {

@@ -96,11 +96,11 @@ func TestWhatIsNotTheFilesFault(t *testing.T) {
 	for name, fault := range map[string]error{
 		"full": syscall.ENOSPC, "quota": syscall.EDQUOT, "read-only": syscall.EROFS, "files": syscall.EMFILE, "memory": syscall.ENOMEM,
 	} {
-		_, err := Open(path, "1", slog.New(slog.DiscardHandler), func(*bbolt.Tx) error {
-			return &os.PathError{Op: "write", Path: path, Err: fault}
-		})
-		if !errors.Is(err, fault) {
-			t.Errorf("%s: %v", name, err)
+		for _, said := range []error{&os.PathError{Op: "write", Path: path, Err: fault}, errors.New("file resize error: " + fault.Error())} {
+			_, err := Open(path, "1", slog.New(slog.DiscardHandler), func(*bbolt.Tx) error { return said })
+			if !errors.Is(err, said) {
+				t.Errorf("%s: %v", name, err)
+			}
 		}
 	}
 	var was string

@@ -131,8 +131,8 @@ func NoArgs(c *cli.Context) error {
 }
 
 // NewLogger returns what logs to w as the settings log_level and log_format say. What
-// containerd's packages log of themselves goes there from then on, too, one level lower:
-// none of it ends anything here.
+// other packages log of themselves (containerd's, and all that use log or slog) goes
+// there from then on, too, one level lower: none of it ends anything here.
 func NewLogger(w io.Writer, level, format string) (*slog.Logger, error) {
 	var least slog.Level
 	if err := least.UnmarshalText([]byte(level)); err != nil {

@@ -222,7 +222,9 @@ func (c *cosign) referrer(ctx context.Context, repo registry.Repo, ref ocispec.D
 		return 1, fmt.Errorf("%w: a referrer with the digest %.80q", ErrUntrusted, ref.Digest)
 	}
 	m, err := c.from.Manifest(ctx, repo, ref.Digest)
-	switch {
+	switch said := ref.ArtifactType == bundleType || ref.ArtifactType == signatureType; {
+	case !said && (errors.Is(err, registry.ErrInvalid) || errors.Is(err, registry.ErrNotFound)):
+		return 0, nil // not there, or nothing that cosign writes
 	case err != nil:
 		return 1, gone(err)
 	case m.ArtifactType == signatureType || m.Config.MediaType == signatureType:
