@@ -39,3 +39,25 @@ func TestWhoIsToBlame(t *testing.T) {
 		t.Error("left out for longer than it takes to find out")
 	}
 }
+
+// The last piece comes from elsewhere while a peer that has all is connected. The
+// library is not to drop the peer while it notes that: its notes are in disorder until it
+// is through, and it panics if it looks at them, which it does now and then. The peer is
+// let go afterwards.
+func TestLastPieceFromElsewhere(t *testing.T) {
+	data, seeder, _, from, to, sink := pair(t, minSegment, func(o *Options) { o.UploadLimit = 128 << 10 })
+	if err := to.Leech(0, offerAll(t, from)[0], addrs(seeder)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "bytes arrive", func() bool { return to.Stats().Downloaded > 0 })
+	to.mu.Lock()
+	s := to.segs[0]
+	sink.fill(data, 0, len(data))
+	to.refresh(s)
+	whole, connected := s.t.Complete().Bool(), len(s.t.PeerConns())
+	to.mu.Unlock()
+	if !whole || connected == 0 {
+		t.Errorf("whole: %v, and %d connected", whole, connected)
+	}
+	eventually(t, "the peers have parted", func() bool { return len(s.t.PeerConns()) == 0 })
+}

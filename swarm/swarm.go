@@ -217,6 +217,9 @@ func (s *Swarm) clientConfig() *torrent.ClientConfig {
 	c.Seed = true
 	// Two nodes that were told of each other dial each other at the same time.
 	c.DropDuplicatePeerIds = true
+	// part does it. The library does it in the middle of noting that a piece is here,
+	// and then finds its own notes in disorder and panics (v1.61.0, updatePieceCompletion).
+	c.DropMutuallyCompletePeers = false
 	c.AlwaysWantConns = true // asked once per accepted connection, over all torrents
 	c.KeepAliveTimeout = keepAlive
 	c.MaxUnverifiedBytes = 0
