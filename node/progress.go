@@ -251,10 +251,7 @@ func (s *session) patience(now time.Time) {
 	}
 	// Who is silent is named sooner than the tracker does without, and at once: soon
 	// it sends somebody to the registry, and then nobody waits for them any more.
-	var silent []string
-	if long := stall + stall/2; still >= long {
-		silent = s.silent(now.Add(-long))
-	}
+	silent := s.silent(now, still)
 	if now.Sub(s.askedAt) >= stall/2 || len(silent) > 0 && !slices.Equal(silent, s.named) {
 		s.askedAt, s.named = now, silent
 		s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_Ask{Ask: &apiv1.Ask{Silent: silent}}})
@@ -262,9 +259,18 @@ func (s *session) patience(now time.Time) {
 }
 
 // silent returns the names of the peers that the tracker told of and that were asked
-// before since and have sent nothing after it, or that cannot be reached.
-func (s *session) silent(since time.Time) []string {
+// long ago and have sent nothing since, or that cannot be reached; none unless nothing
+// at all has come for as long. Long is one and a half times the stall timeout, and
+// longer where honest peers take long: two who name one have it shut out, and on full
+// lines that would be many.
+func (s *session) silent(now time.Time, still time.Duration) []string {
 	if s.blob == nil {
+		return nil
+	}
+	stall := s.node.cfg.Tracker.StallTimeout.Duration()
+	long := max(stall+stall/2, s.blob.Slowness(now))
+	since := now.Add(-long)
+	if still < long || s.blob.LastReceived().After(since) {
 		return nil
 	}
 	var names []string

@@ -55,7 +55,6 @@ func TestSilent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	before := time.Now()
 	if err := leecher.blob.Leech(0, pieces, []string{seeder.addr}); err != nil {
 		t.Fatal(err)
 	}
@@ -80,18 +79,25 @@ func TestSilent(t *testing.T) {
 			t.Fatal("nobody was dialed")
 		}
 	}
-	if got := s.silent(before); len(got) > 0 {
-		t.Errorf("%v are silent before they were asked", got)
-	}
-	want := []string{"is not there"}
-	if got := s.silent(time.Now().Add(time.Second)); !slices.Equal(got, want) {
-		t.Errorf("%v, want %v", got, want)
-	}
-	// They are named at once, and then as often as the tracker is asked anyway.
 	tracker, cfg := &asks{}, config.Default()
 	s.node, s.tracker, s.state = &Node{cfg: cfg}, tracker, store.State{Waiting: 1}
 	stall := cfg.Tracker.StallTimeout.Duration()
-	now := time.Now().Add(time.Minute)
+	now, want := time.Now().Add(time.Minute), []string{"is not there"}
+	for _, c := range []struct {
+		name  string
+		at    time.Time
+		still time.Duration // without a new piece
+		want  []string
+	}{
+		{"not for long", now, stall, nil},
+		{"bytes came from another", s.blob.LastReceived().Add(stall + stall/2 - 1), time.Hour, nil},
+		{"silent", now, stall + stall/2, want},
+	} {
+		if got := s.silent(c.at, c.still); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+	// They are named at once, and then as often as the tracker is asked anyway.
 	s.movedAt, s.askedAt = now.Add(-stall-stall/2+time.Millisecond), now
 	for after, n := range []int{0, 1, 1} {
 		if s.patience(now.Add(time.Duration(after) * 10 * time.Millisecond)); tracker.n != n {

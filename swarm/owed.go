@@ -31,14 +31,29 @@ func (b *Blob) took(gap time.Duration, now time.Time) {
 // segment is late: twice what others took lately, and as long as can be while the
 // segment gets bytes from others. acct must be held.
 func (b *Blob) lateness(s *segment, now time.Time) time.Duration {
-	d := late
-	if now.Sub(b.gapAt) <= gapFor {
-		d = min(max(late, 2*b.gap), maxLate)
-	}
+	d := max(late, b.slowness(now))
 	if now.Sub(s.moved) < d {
 		return maxLate
 	}
 	return d
+}
+
+// slowness is twice the longest that a peer took lately, and zero if none did. acct
+// must be held.
+func (b *Blob) slowness(now time.Time) time.Duration {
+	if now.Sub(b.gapAt) > gapFor {
+		return 0
+	}
+	return min(2*b.gap, maxLate)
+}
+
+// Slowness is after how long without a byte a peer that was asked is out of the
+// ordinary: twice the longest that any took in the last ten seconds, but at most 12 s;
+// zero if none is known to have taken any time. It may be called often.
+func (b *Blob) Slowness(now time.Time) time.Duration {
+	b.acct.Lock()
+	defer b.acct.Unlock()
+	return b.slowness(now)
 }
 
 // asked is called with the client locked, for every request that is sent.

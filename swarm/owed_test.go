@@ -79,6 +79,13 @@ func TestLateness(t *testing.T) {
 	if got := new(Blob).lateness(&segment{}, now); got != late {
 		t.Errorf("before anybody has sent anything: %v", got)
 	}
+	b := &Blob{}
+	b.took(4*time.Second, now)
+	for ago, want := range map[time.Duration]time.Duration{0: 8 * time.Second, gapFor: 8 * time.Second, gapFor + 1: 0} {
+		if got := b.Slowness(now.Add(ago)); got != want {
+			t.Errorf("%v after a peer took four seconds: %v, should be %v", ago, got, want)
+		}
+	}
 }
 
 // Who has sent no good piece yet says nothing about how long peers take: it may be
