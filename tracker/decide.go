@@ -355,10 +355,10 @@ func (m *Machine) beside(x *member) int {
 	return n
 }
 
-// better says whether a is to fetch rather than b. Those whose bytes may be
-// wrong, those that did nothing when told, and those on slow lines come last; the longest prefix
-// leaves the least to fetch; then those come whose zone has no fetcher; the rest spreads the layers of one image over the
-// nodes.
+// better says whether a is to fetch rather than b. Those whose bytes may be wrong,
+// those that did nothing when told, and those on slow lines come last; the longest
+// prefix leaves the least to fetch; then those come whose zone has no fetcher; the
+// rest spreads the layers of one image over the nodes.
 func (m *Machine) better(a, b *member) bool {
 	if a.suspect != b.suspect {
 		return b.suspect
