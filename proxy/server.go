@@ -21,6 +21,8 @@ import (
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/defaults"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/encoding"
+	protobuf "google.golang.org/grpc/encoding/proto"
 
 	"github.com/imagewolf/imagewolf/internal/serve"
 )
@@ -126,6 +128,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer tell()
 	contain := serve.Contain{Log: s.log, Panicked: s.panicked}
 	srv := grpc.NewServer(
+		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2(protobuf.Name)}),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
 		grpc.WaitForHandlers(true), // the store may be closed after Serve

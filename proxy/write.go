@@ -24,9 +24,10 @@ type Waiter interface {
 }
 
 // ownedWriter is a writer that keeps the slice it is given, to hash or write it
-// after WriteOwned has returned.
+// after WriteOwned has returned. It calls free, which may be nil, once it does not
+// need it any more, from any goroutine; after an error it may leave that out.
 type ownedWriter interface {
-	WriteOwned(p []byte) (int, error)
+	WriteOwned(p []byte, free func()) (int, error)
 }
 
 // waitingStat is the STAT of a stream that waits. containerd sends the first
@@ -66,8 +67,8 @@ type writeStream struct {
 // blob that was filled while the client waited is there and still to be
 // committed.
 func (s *contentService) Write(session contentapi.Content_WriteServer) (err error) {
-	req, err := session.Recv()
-	if err != nil {
+	req := new(writeRequest)
+	if err := session.RecvMsg(req); err != nil {
 		return err
 	}
 	if req.Ref == "" {
@@ -97,19 +98,21 @@ func (s *contentService) Write(session contentapi.Content_WriteServer) (err erro
 }
 
 // loop answers req and all messages after it.
-func (st *writeStream) loop(req *contentapi.WriteContentRequest) error {
+func (st *writeStream) loop(req *writeRequest) error {
 	for {
 		resp, err := st.handle(req)
 		if err != nil {
 			return err
 		}
+		req.release()
 		if err := st.session.Send(resp); err != nil {
 			return err
 		}
 		if req.Action == contentapi.WriteAction_COMMIT {
 			return nil
 		}
-		if req, err = st.session.Recv(); err != nil {
+		req = new(writeRequest)
+		if err := st.session.RecvMsg(req); err != nil {
 			if errors.Is(err, io.EOF) {
 				return nil
 			}
@@ -122,7 +125,7 @@ func (st *writeStream) loop(req *contentapi.WriteContentRequest) error {
 }
 
 // take checks a message and notes the total and digest it carries.
-func (st *writeStream) take(req *contentapi.WriteContentRequest) error {
+func (st *writeStream) take(req *writeRequest) error {
 	if req.Total < 0 {
 		return status.Errorf(codes.InvalidArgument, "ref %q: total %d is negative", st.ref, req.Total)
 	}
@@ -139,7 +142,7 @@ func (st *writeStream) take(req *contentapi.WriteContentRequest) error {
 	return nil
 }
 
-func (st *writeStream) handle(req *contentapi.WriteContentRequest) (*contentapi.WriteContentResponse, error) {
+func (st *writeStream) handle(req *writeRequest) (*contentapi.WriteContentResponse, error) {
 	if req.Action == contentapi.WriteAction_STAT {
 		return st.stat(req)
 	}
@@ -175,7 +178,7 @@ func (st *writeStream) handle(req *contentapi.WriteContentRequest) (*contentapi.
 
 // stat answers a STAT with the true offset: the client asks the registry for
 // what is behind it.
-func (st *writeStream) stat(req *contentapi.WriteContentRequest) (*contentapi.WriteContentResponse, error) {
+func (st *writeStream) stat(req *writeRequest) (*contentapi.WriteContentResponse, error) {
 	if st.stats++; st.stats == waitingStat {
 		if err := st.wait(); err != nil {
 			return nil, err
@@ -213,7 +216,7 @@ func (st *writeStream) wait() error {
 }
 
 // write appends the data of req and returns the true offset behind it.
-func (st *writeStream) write(req *contentapi.WriteContentRequest, offset int64) (int64, error) {
+func (st *writeStream) write(req *writeRequest, offset int64) (int64, error) {
 	if req.Offset != st.clientOff {
 		// An offset the client cannot have got by writing: it wants to start
 		// over. From clientOff 0 that cannot be told from going on; containerd
@@ -230,12 +233,14 @@ func (st *writeStream) write(req *contentapi.WriteContentRequest, offset int64) 
 	if len(req.Data) == 0 {
 		return offset, nil
 	}
-	write := st.wr.Write
-	if ow, ok := st.wr.(ownedWriter); ok {
-		write = ow.WriteOwned // req is not used again, nor is its data
-	}
+	var n int
+	var err error
 	want := len(req.Data)
-	n, err := write(req.Data)
+	if ow, ok := st.wr.(ownedWriter); ok {
+		n, err = ow.WriteOwned(req.Data, req.take())
+	} else {
+		n, err = st.wr.Write(req.Data)
+	}
 	if err != nil {
 		return 0, errgrpc.ToGRPC(err)
 	}

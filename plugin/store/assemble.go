@@ -35,7 +35,7 @@ type chunk struct {
 	gen    int // Ingest.gen when it was queued
 	off    int64
 	buf    []byte
-	pool   *bufferPool // where buf came from; nil if it is not to be used again
+	free   func() // gives buf back to where it came from; nil if it is not to be used again
 }
 
 // bufferPool keeps buffers of one size for the next use.
@@ -46,22 +46,22 @@ type bufferPool struct {
 
 var bigPool, smallPool = bufferPool{size: bigChunk}, bufferPool{size: smallChunk}
 
-func (p *bufferPool) get() []byte {
-	if b, ok := p.pool.Get().(*[]byte); ok {
-		return (*b)[:0]
+// get returns an empty buffer, and what gives it back.
+func (p *bufferPool) get() (b []byte, free func()) {
+	kept, ok := p.pool.Get().(*[]byte)
+	if !ok {
+		kept = new(make([]byte, 0, p.size))
 	}
-	return make([]byte, 0, p.size)
+	return *kept, func() { p.pool.Put(kept) }
 }
-
-func (p *bufferPool) put(b []byte) { p.pool.Put(&b) }
 
 // freeLocked gives back a chunk's memory. mu must be held.
 func (in *Ingest) freeLocked(c *chunk) {
 	in.held -= int64(cap(c.buf))
-	if c.pool != nil {
-		c.pool.put(c.buf)
+	if c.free != nil {
+		c.free()
 	}
-	c.buf = nil
+	c.buf, c.free = nil, nil
 	in.cond.Broadcast()
 }
 

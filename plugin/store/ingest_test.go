@@ -667,32 +667,3 @@ func runStore(t testing.TB, s *Store) func() {
 		wg.Wait()
 	}
 }
-
-func TestWriteOwnedAndSmallWrites(t *testing.T) {
-	s := open(t, Options{})
-	const n = 12 << 20
-	b, d := random(n, 1)
-	w := writer(t, s, refFor("a", d), n)
-	wait(t, w)
-	sizes := []int{1, 32, 4096, 70_000, 1 << 20, 3 << 20}
-	for at, i := 0, 0; at < n; i++ {
-		end := min(n, at+sizes[i%len(sizes)])
-		if i%2 == 0 {
-			write(t, w, b[at:end])
-		} else if m, err := w.(OwnedWriter).WriteOwned(bytes.Clone(b[at:end])); err != nil || m != end-at {
-			t.Fatal(m, err)
-		}
-		at = end
-		if got := offset(t, w); got != int64(at) {
-			t.Fatalf("offset %d after %d bytes", got, at)
-		}
-	}
-	in := w.(*stream).in
-	in.mu.Lock()
-	held := in.held
-	in.mu.Unlock()
-	if held != 0 {
-		t.Errorf("%d bytes of memory still held", held)
-	}
-	commit(t, w, n, d)
-}

@@ -95,9 +95,11 @@ type Waiter interface {
 }
 
 // OwnedWriter is an ability of the writers that share an ingest. WriteOwned is
-// Write, but the store keeps p: the caller must not touch it again.
+// Write, but the store keeps p until it calls free: the caller must not touch it
+// before. Free may be nil, and is called from any goroutine, with locks held, at
+// most once; after an error perhaps not at all.
 type OwnedWriter interface {
-	WriteOwned(p []byte) (int, error)
+	WriteOwned(p []byte, free func()) (int, error)
 }
 
 // Store implements content.Store. All methods may be called from any number of

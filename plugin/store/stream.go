@@ -164,7 +164,7 @@ func (w *stream) Write(p []byte) (int, error) {
 }
 
 // WriteOwned implements OwnedWriter.
-func (w *stream) WriteOwned(p []byte) (int, error) {
+func (w *stream) WriteOwned(p []byte, free func()) (int, error) {
 	in := w.in
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -176,8 +176,10 @@ func (w *stream) WriteOwned(p []byte) (int, error) {
 		if err := w.roomLocked(); err != nil {
 			return 0, err
 		}
-		c := &chunk{stream: w, gen: in.gen, off: w.pos, buf: p[:len(p):len(p)]}
+		c := &chunk{stream: w, gen: in.gen, off: w.pos, buf: p[:len(p):len(p)], free: free}
 		in.queueLocked(c)
+	} else if free != nil {
+		free()
 	}
 	w.pos = end
 	return len(p), w.endLocked()
@@ -244,12 +246,9 @@ func (w *stream) appendLocked(p []byte) (int, error) {
 		case left < smallChunk:
 			c.buf = make([]byte, 0, left)
 		case len(p) < smallChunk:
-			c.pool = &smallPool
+			c.buf, c.free = smallPool.get()
 		default:
-			c.pool = &bigPool
-		}
-		if c.pool != nil {
-			c.buf = c.pool.get()
+			c.buf, c.free = bigPool.get()
 		}
 		n := min(len(p), cap(c.buf))
 		c.buf = append(c.buf, p[:n]...)
