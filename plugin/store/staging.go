@@ -208,16 +208,16 @@ type staged struct {
 }
 
 // restsSinceLocked returns since when a sidecar has not been written. What the
-// file itself says is believed only of the time before this process, and never
+// file itself says is believed only of the time before the first sweep, and never
 // that it is to come: the machine's clock may have been set. mu must be held.
 func (s *Store) restsSinceLocked(d digest.Digest, written time.Time) time.Time {
 	now := time.Now()
 	old, seen := s.staged[d]
 	switch {
-	case !seen:
-		now = past(now, written)
-	case old.written.Equal(written):
+	case seen && old.written.Equal(written):
 		return old.since
+	case !seen && !s.swept:
+		now = past(now, written)
 	}
 	s.staged[d] = staged{written: written, since: now}
 	return now
@@ -263,6 +263,7 @@ func (s *Store) sweep(now time.Time) {
 	for d := range gone {
 		delete(s.staged, d)
 	}
+	s.swept = true
 	for name, r := range s.refs {
 		if s.ingests[r.digest] == nil && now.Sub(r.updated) >= abandonedAfter {
 			delete(s.refs, name)

@@ -208,11 +208,14 @@ func TestSweepWhenTheClockIsSet(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b, d := random(1000, 1)
 			_, before := random(1000, 2)
+			_, between := random(1000, 3)
 			now, root := time.Now(), t.TempDir()
-			for _, d := range []digest.Digest{d, before} {
+			put := func(d digest.Digest) {
 				stage(t, root, d, b[:500], `{"version":1,"size":1000,"boot":"boot","present":[[0,500]],"refs":[{"name":"`+
 					refFor("a", d)+`","updated":"`+now.Add(max(0, -by)).Format(time.RFC3339)+`"}]}`)
 			}
+			put(d)
+			put(before)
 			set := func(d digest.Digest) {
 				at := now.Add(-by)
 				if err := os.Chtimes(stagedAt(root, d)+sidecarSuffix, at, at); err != nil {
@@ -225,13 +228,21 @@ func TestSweepWhenTheClockIsSet(t *testing.T) {
 			s := open(t, Options{Root: root})
 			s.sweep(now)
 			set(d)
+			put(between) // and no sweep saw it before the clock was set
+			set(between)
 			s.sweep(now.Add(time.Second))
 			for _, d := range []digest.Digest{d, before} {
 				if !exists(t, s.stagingPath(d)) || s.refs[refFor("a", d)] == nil {
 					t.Errorf("%s is gone at once", d)
 				}
 			}
+			if !exists(t, s.stagingPath(between)) {
+				t.Errorf("%s, of this process, is gone at once", between)
+			}
 			s.sweep(now.Add(2 * day))
+			if exists(t, s.stagingPath(between)) {
+				t.Errorf("%s, of this process, stays", between)
+			}
 			for _, d := range []digest.Digest{d, before} {
 				if exists(t, s.stagingPath(d)) || s.refs[refFor("a", d)] != nil {
 					t.Errorf("%s stays", d)

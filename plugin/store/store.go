@@ -136,6 +136,7 @@ type Store struct {
 	events  []event                    // guarded by mu; for the Filler
 	latest  time.Time                  // guarded by mu: the latest use of a blob; see nowLocked
 	staged  map[digest.Digest]staged   // guarded by mu: what sweep has seen
+	swept   bool                       // guarded by mu: sweep has run
 
 	told  chan struct{} // events may not be empty
 	evict chan struct{} // hidden blobs may be beyond the quota
