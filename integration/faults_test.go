@@ -60,9 +60,10 @@ type faultRun struct {
 	layer   string        // the first layer's digest
 	fetcher *harness.Node // of that layer
 	lost    []*harness.Node
-	retry   bool          // a pull may fail once
-	tried   int           // pulls that did
-	first   *harness.Node // whose pull begins before the others', and fetches; may be nil
+	retry   bool                            // a pull may fail once
+	tried   int                             // pulls that did
+	first   *harness.Node                   // whose pull begins before the others', and fetches; may be nil
+	clocks  map[*harness.Node]time.Duration // how far they are ahead, where that was set
 	undo    []func() error
 	note    []string
 }
@@ -191,7 +192,8 @@ func writeReport(file string) error {
 
 // TestFaults: whatever fails while six nodes pull an image, the pull ends well
 // and soon, and the registry sends little more than one copy. FAULTS=all has all
-// of them, and with containerd 1.7 the quick ones; else 1.7 has the first only.
+// of them, and with containerd 1.7 the quick ones; else 1.7 has the first only. Those
+// of clocks need a daemon of their own, which takes minutes to compile.
 func TestFaults(t *testing.T) {
 	all := os.Getenv("FAULTS") == "all"
 	for _, v := range []string{harness.V2, harness.V17} {
@@ -201,6 +203,16 @@ func TestFaults(t *testing.T) {
 				if v == harness.V2 && (all || f.quick) || v == harness.V17 && f.quick && (all || i == 0) {
 					t.Run(f.name, func(t *testing.T) { s.run(t, f) })
 				}
+			}
+		})
+	}
+	if all {
+		t.Run("clocks", func(t *testing.T) {
+			wolf, err := harness.BuildClocked(t.Context(), env, "..")
+			must(t, err)
+			s := newFaultSite(t, harness.V2, func(_ *faultSite, o *harness.ClusterOptions) { o.Name, o.Clocked = "clock", wolf })
+			for _, f := range clockFaults {
+				t.Run(f.name, func(t *testing.T) { s.run(t, f) })
 			}
 		})
 	}

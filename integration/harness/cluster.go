@@ -50,6 +50,9 @@ type ClusterOptions struct {
 	Join, Resolver string
 	// Settings are added to every daemon's configuration, TOML by table.
 	Settings map[string]string
+	// Clocked is the imagewolf that the nodes run, from BuildClocked; "": the Env's,
+	// whose clock is the machine's.
+	Clocked string
 }
 
 // Cluster is several nodes that know each other.
@@ -91,6 +94,11 @@ func NewCluster(ctx context.Context, e *Env, o ClusterOptions) (*Cluster, error)
 		}
 		if n.Wolf, err = newImageWolf(e, name, dir, c.Key, n.Containerd); err != nil {
 			return nil, err
+		}
+		if n.Wolf.clocked = o.Clocked; o.Clocked != "" {
+			if err := n.Wolf.SetClock(0); err != nil {
+				return nil, err
+			}
 		}
 		for table, text := range o.Settings {
 			n.Wolf.Settings[table] += text

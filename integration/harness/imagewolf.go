@@ -32,6 +32,7 @@ type ImageWolf struct {
 
 	env        *Env
 	on         *Machine // nil: this one
+	clocked    string   // the program, if its clock can be set; "": env's
 	name       string
 	content    string // containerd's content directory
 	containerd string // containerd's socket
@@ -185,8 +186,12 @@ func (w *ImageWolf) Start(ctx context.Context) error {
 	if info, err := os.Stat(w.Log()); err == nil {
 		w.logStart = info.Size()
 	}
-	argv := []string{w.env.Bin.ImageWolf, "daemon", "--config", w.Config()}
+	argv := []string{firstOf(w.clocked, w.env.Bin.ImageWolf), "daemon", "--config", w.Config()}
 	var files []*os.File
+	var vars []string
+	if w.clocked != "" {
+		vars = []string{clockEnv + "=" + w.clock()}
+	}
 	if w.Socketed != nil {
 		// The process id that systemd sets is known to the process alone.
 		files, argv = []*os.File{w.Socketed}, append([]string{"/bin/sh", "-c", `LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"`, "systemd"}, argv...)
@@ -200,7 +205,7 @@ func (w *ImageWolf) Start(ctx context.Context) error {
 		argv = append([]string{"unshare", "--mount", "--propagation", "slave", "/bin/sh", "-c",
 			`mount --bind "$0" /etc/resolv.conf && exec "$@"`, file}, argv...)
 	}
-	p, err := w.env.startOn(w.on, "imagewolf of "+w.name, w.Log(), nil, files, argv...)
+	p, err := w.env.startOn(w.on, "imagewolf of "+w.name, w.Log(), vars, files, argv...)
 	if err != nil {
 		return err
 	}
