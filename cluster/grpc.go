@@ -19,7 +19,7 @@ import (
 func (id *Identity) GRPCDialOptions() []grpc.DialOption {
 	return []grpc.DialOption{
 		grpc.WithTransportCredentials(credentials.NewTLS(id.ClientTLS(ProtoGRPC))),
-		grpc.WithContextDialer(dialTCP),
+		grpc.WithContextDialer(dialGRPC),
 		grpc.WithNoProxy(),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},

@@ -43,7 +43,7 @@ func (c *Cluster) GRPCDialOptions() []grpc.DialOption {
 		grpc.WithTransportCredentials(memberCredentials{credentials.NewTLS(c.o.Identity.ClientTLS(ProtoGRPC)), c}),
 		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
 			c.introduce(address)
-			return dialTCP(ctx, address)
+			return dialGRPC(ctx, address)
 		}))
 }
 

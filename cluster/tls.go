@@ -121,7 +121,7 @@ func (id *Identity) ClientTLS(proto string) *tls.Config {
 func (id *Identity) Dial(ctx context.Context, addr, proto string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	raw, err := dialTCP(ctx, addr)
+	raw, err := dialTCP(ctx, addr, deadAfter)
 	if err != nil {
 		return nil, err
 	}
@@ -133,14 +133,21 @@ func (id *Identity) Dial(ctx context.Context, addr, proto string) (net.Conn, err
 	return conn, nil
 }
 
-// dialTCP never goes through a proxy: members reach each other directly.
-func dialTCP(ctx context.Context, addr string) (net.Conn, error) {
+// dialGRPC is dialTCP for connections that carry little, and whose loss is to be
+// noticed soon.
+func dialGRPC(ctx context.Context, addr string) (net.Conn, error) {
+	return dialTCP(ctx, addr, deafAfter)
+}
+
+// dialTCP never goes through a proxy: members reach each other directly. What the
+// other side leaves unconfirmed for so long ends the connection.
+func dialTCP(ctx context.Context, addr string, unconfirmed time.Duration) (net.Conn, error) {
 	d := net.Dialer{KeepAlive: -1} // tune sets it
 	conn, err := d.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", addr, err)
 	}
-	tune(conn)
+	tune(conn, unconfirmed)
 	return conn, nil
 }
 
@@ -148,13 +155,16 @@ func dialTCP(ctx context.Context, addr string) (net.Conn, error) {
 // are dropped: a host that lost power ends no connection by itself.
 const deadAfter = 10 * time.Second
 
+// deafAfter is how long a tracker may leave unconfirmed what it was sent.
+const deafAfter = 3 * time.Second
+
 // maxUnsent is how many bytes of a connection may wait in the kernel that are
 // not on the wire: enough for a few milliseconds at 1 Gbit/s.
 const maxUnsent = 256 << 10
 
 // tune has the kernel notice dead hosts: by probes while a connection rests,
 // and by a limit on how long sent bytes may go unconfirmed.
-func tune(conn net.Conn) {
+func tune(conn net.Conn, unconfirmed time.Duration) {
 	tcp, ok := conn.(*net.TCPConn)
 	if !ok {
 		return
@@ -163,5 +173,5 @@ func tune(conn net.Conn) {
 	_ = tcp.SetKeepAliveConfig(net.KeepAliveConfig{
 		Enable: true, Idle: deadAfter / 2, Interval: deadAfter / 5, Count: 3,
 	})
-	setTCP(tcp, deadAfter, maxUnsent)
+	setTCP(tcp, unconfirmed, maxUnsent)
 }

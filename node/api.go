@@ -34,6 +34,9 @@ const (
 	apiStreams   = 128         // calls at the same time on one connection
 	apiConns     = 256         // connections of the network at the same time
 	apiIdle      = time.Minute // that a connection stays without a call
+
+	// apiSilent is how long a client's host may be silent while a call waits.
+	apiSilent = 12 * time.Second
 )
 
 // runAPI serves the Node API on listeners that listen makes, again and again,
@@ -63,11 +66,10 @@ func (n *Node) runAPI(ctx context.Context, setting string, listen func(ctx conte
 // when it returns.
 func (n *Node) serveAPI(ctx context.Context, l net.Listener, opts ...grpc.ServerOption) error {
 	contain := n.contain(partNodeAPI)
-	srv := grpc.NewServer(append([]grpc.ServerOption{
+	srv := serve.NewGRPC(apiIdle, append([]grpc.ServerOption{
 		grpc.MaxRecvMsgSize(apiMessage), grpc.MaxHeaderListSize(apiHeaders), grpc.MaxConcurrentStreams(apiStreams), grpc.ConnectionTimeout(apiHandshake),
 		grpc.WaitForHandlers(true),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout, MaxConnectionIdle: apiIdle}),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingEvery / 2}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingedEvery / 2}),
 		grpc.ChainUnaryInterceptor(contain.Unary), grpc.ChainStreamInterceptor(contain.Stream),
 	}, opts...)...)
 	imagewolfv1.RegisterNodeServer(srv, n.fanout.Node())
@@ -101,7 +103,8 @@ func (n *Node) listenSocket(context.Context) (net.Listener, error) {
 
 // listenNetwork listens on the address of the Node API.
 func (n *Node) listenNetwork(ctx context.Context) (net.Listener, error) {
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", n.cfg.NodeAPI.Address)
+	lc := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: apiSilent / 2, Interval: apiSilent / 6, Count: 3}}
+	l, err := lc.Listen(ctx, "tcp", n.cfg.NodeAPI.Address)
 	if err != nil {
 		return nil, err
 	}

@@ -10,7 +10,6 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/keepalive"
 
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/cluster"
@@ -155,9 +154,7 @@ type connection struct {
 func newPrefetchers(c *cluster.Cluster, options []grpc.DialOption) *prefetchers {
 	return &prefetchers{
 		cluster: c, byName: map[string]connection{}, tidyAt: tidyFrom,
-		options: append(options, grpc.WithIdleTimeout(restAfter), grpc.WithKeepaliveParams(keepalive.ClientParameters{
-			Time: pingEvery, Timeout: pingTimeout,
-		})),
+		options: append(options, grpc.WithIdleTimeout(restAfter)),
 	}
 }
 

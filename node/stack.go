@@ -15,6 +15,7 @@ import (
 
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/cluster"
+	"github.com/imagewolf/imagewolf/internal/serve"
 	"github.com/imagewolf/imagewolf/swarm"
 	"github.com/imagewolf/imagewolf/tracker"
 )
@@ -24,12 +25,10 @@ import (
 // per node: every one of them is alone in its first second.
 const companyGrace = 2 * time.Second
 
-// A node that vanishes without a word is noticed on its streams after at most
-// pingEvery and pingTimeout. gRPC allows no shorter pings from clients.
-const (
-	pingEvery   = 10 * time.Second
-	pingTimeout = 3 * time.Second
-)
+// pingedEvery is how often clients of the Node API, and nodes of an older version,
+// ping. Nodes themselves do not: serve.NewGRPC. That another has vanished without a
+// word, package cluster has the kernel notice.
+const pingedEvery = 10 * time.Second
 
 // returnEvery is how often sessions that had to go to the next best tracker
 // look whether the best one answers again.
@@ -97,10 +96,7 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 	st.tracker = tracker.NewClient(tracker.ClientOptions{
 		Self: peer(c.Self()), Zone: c.Self().Zone(), Log: n.log, Contain: st.containOrEnd(partRegistrar),
 		Dial: func(_ context.Context, addr string) (*grpc.ClientConn, error) {
-			return grpc.NewClient("passthrough:///"+addr,
-				append(c.GRPCDialOptions(), grpc.WithKeepaliveParams(keepalive.ClientParameters{
-					Time: pingEvery, Timeout: pingTimeout, PermitWithoutStream: true,
-				}))...)
+			return grpc.NewClient("passthrough:///"+addr, c.GRPCDialOptions()...)
 		},
 		Trackers: func(d digest.Digest) []tracker.Peer { return peers(c.Trackers(d)) },
 	})
@@ -122,12 +118,11 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 func (st *stack) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	contain := st.node.contain(partGRPC)
-	srv := grpc.NewServer(
+	srv := serve.NewGRPC(0,
 		grpc.Creds(st.node.identity.ServerCredentials()),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout}),
 		grpc.StreamInterceptor(contain.Stream),
 		grpc.UnaryInterceptor(contain.Unary),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingEvery / 2, PermitWithoutStream: true}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingedEvery / 2, PermitWithoutStream: true}),
 	)
 	st.server.Register(srv)
 	imagewolfv1.RegisterPrefetcherServer(srv, st.node.fanout.Prefetcher())

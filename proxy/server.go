@@ -127,7 +127,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	stopping, tell := context.WithCancel(context.WithoutCancel(ctx))
 	defer tell()
 	contain := serve.Contain{Log: s.log, Panicked: s.panicked}
-	srv := grpc.NewServer(
+	srv := serve.NewGRPC(0,
 		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2(protobuf.Name)}),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),

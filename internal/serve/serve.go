@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"runtime/debug"
@@ -15,6 +16,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 )
 
@@ -25,6 +27,17 @@ const (
 	httpIdle   = 2 * time.Minute
 	httpHeader = 16 << 10 // bytes
 )
+
+// never is how gRPC writes that something does not happen.
+const never = time.Duration(math.MaxInt64)
+
+// NewGRPC returns a gRPC server that closes a connection without a call after idle,
+// 0 for never, and pings no client. Whether one has said anything since a ping, gRPC
+// tells by the wall clock: set back, and it takes the connection for dead.
+func NewGRPC(idle time.Duration, opts ...grpc.ServerOption) *grpc.Server {
+	keep := grpc.KeepaliveParams(keepalive.ServerParameters{Time: never, MaxConnectionIdle: idle})
+	return grpc.NewServer(append([]grpc.ServerOption{keep}, opts...)...) //nolint:forbidigo // here it is
+}
 
 // GRPC has srv answer on l until ctx ends, and closes l. Then it calls stop,
 // which has to stop srv. The error is nil if ctx ended; otherwise srv is stopped
