@@ -26,6 +26,8 @@ const (
 	modelRetry  = 250 * time.Millisecond
 	modelLook   = 5 * time.Millisecond
 	modelStatus = 200 * time.Millisecond
+	modelBusy   = 3 * time.Second        // for how long after a byte a member says that it gets some
+	modelRepeat = 500 * time.Millisecond // how often it says so
 	// What a message costs on the wire beyond itself: gRPC, HTTP/2, TLS and
 	// a part of a packet's head.
 	modelFraming = 60
@@ -48,6 +50,7 @@ type model struct {
 	zoneOf  func(i int) int // nil: by turns
 	far     time.Duration   // latency between zones
 	line    float64         // bytes/s of each zone's line to the others, each way
+	says    bool            // members say that they get bytes, as they do where blobs or zones share lines
 	deaths  int             // members that die on the way
 	dies    func(v *model) int
 	blocked func(v *model, a, b int) bool // they cannot connect; nil: all can
@@ -82,7 +85,8 @@ type modelNode struct {
 	parts   []modelPart
 	held    int // segments
 	present int64
-	status  bool // a status is due, and on its way
+	bytes   time.Duration // when a block last came; 0: never
+	status  bool          // a status is due, and on its way
 	moved   time.Duration
 	done    time.Duration
 	sent    int64
@@ -197,6 +201,7 @@ func (v *model) handle(e event) {
 	case eventArrived:
 		n := &v.nodes[e.link.ends[e.side]]
 		n.down = max(v.now, n.down+v.takes(v.blockLen(e.link.seg, int(e.piece)), v.rate))
+		n.bytes = v.now
 		if e.last {
 			v.queue.push(event{at: n.down, kind: eventGot, link: e.link, side: e.side, piece: e.piece})
 		}
@@ -265,6 +270,7 @@ func (v *model) say(i int, msg *api.MemberMessage) {
 func (v *model) state(n *modelNode) *api.Status {
 	whole := n.present == v.size
 	st := &api.Status{Present: n.present, Whole: whole, CanFetch: !whole && !n.fetch, Fetching: n.fetch && !whole}
+	st.Busy = v.says && n.bytes > 0 && !whole && v.now-n.bytes < modelBusy
 	if n.fetch || whole {
 		st.Prefix = n.present
 	}
@@ -306,6 +312,23 @@ func (v *model) join(i int) {
 		return
 	}
 	v.patience(i)
+	if v.says {
+		v.repeat(i)
+	}
+}
+
+// repeat is the member's saying again and again that it gets bytes.
+func (v *model) repeat(i int) {
+	v.at(modelRepeat, func() {
+		n := &v.nodes[i]
+		if n.dead || n.done > 0 {
+			return
+		}
+		if st := v.state(n); st.GetBusy() {
+			v.say(i, &api.MemberMessage{Message: &api.MemberMessage_Status{Status: st}})
+		}
+		v.repeat(i)
+	})
 }
 
 // patience is the member's look at its own progress.

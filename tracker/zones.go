@@ -134,17 +134,23 @@ func (m *Machine) supplies(i int, zone string) bool {
 }
 
 // comes says whether x, which stands still, is to go on waiting for a segment that is
-// in its zone, or on its way into it. Twice as long as others wait, and twice as long
-// again while its entry gets bytes: then the line into the zone is full, of what the
-// zone waits for, and the same bytes once more would fill it for longer.
+// in its zone, or on its way into it. Twice as long as others wait; and where its zone's
+// entry gets bytes, as long as a fetcher is waited for that does: then the line into the
+// zone is full, of what the zone waits for, and the same bytes once more would fill it
+// for longer. An entry waits half as long, for its one address in another zone: if that
+// is of no use, it is to find out before the rest of its zone does.
 func (m *Machine) comes(now time.Time, i int, x *member, still time.Duration) bool {
 	e := m.segs[i].entries[x.zone]
-	if len(m.zones) < 2 || e == x || !m.supplies(i, x.zone) {
+	if len(m.zones) < 2 || !m.supplies(i, x.zone) {
 		return false
 	}
+	full := e != nil && e.works(now, m.stall)
 	patience := 2 * max(nudgeAfter, m.pace)
-	if e != nil && e.works(now, m.stall) {
-		patience *= 2
+	if full {
+		patience = max(2*patience, m.most(busyStalls*m.stall))
+	}
+	if e == x {
+		return full && knowsFar(i, x) && still < patience/2
 	}
 	return still < patience
 }

@@ -1,6 +1,7 @@
 package tracker
 
 import (
+	"fmt"
 	"testing"
 	"time"
 )
@@ -19,6 +20,7 @@ func TestZones(t *testing.T) {
 		dies    func(*model) int // twelve times
 		stagger time.Duration
 		blocked func(v *model, a, b int) bool
+		says    bool
 		limit   float64 // of the last member's time
 		copies  float64 // over the lines; zones - 1
 	}{
@@ -53,6 +55,12 @@ func TestZones(t *testing.T) {
 		}},
 		// Deaths cost: what was under way over the line comes again.
 		{name: "entries die", members: 60, dies: entryAtWork, limit: 2, copies: 2.2},
+		{name: "some get bytes, and say so", members: 30, line: 0.5, says: true, limit: 2.6},
+		{name: "five zones that say so", members: 50, zones: 5, says: true, limit: 1.7},
+		{name: "one that gets bytes and reaches nobody far", members: 30, says: true, limit: 3.2, copies: 3, blocked: func(v *model, a, b int) bool {
+			return (a == 4 || b == 4) && v.nodes[a].zone != v.nodes[b].zone
+		}},
+		{name: "entries that get bytes die", members: 60, says: true, dies: entryAtWork, limit: 2, copies: 2.2},
 		{name: "any die", members: 60, dies: func(v *model) int { return v.r.IntN(v.members) }, limit: 1.7, copies: 2.2},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -61,7 +69,7 @@ func TestZones(t *testing.T) {
 			if c.zones == 0 {
 				v.zones = 3
 			}
-			v.blocked = c.blocked
+			v.blocked, v.says = c.blocked, c.says
 			if c.dies != nil {
 				v.deaths, v.dies = 12, c.dies
 			}
@@ -81,6 +89,24 @@ func TestZones(t *testing.T) {
 				t.Errorf("last %.2f, over the lines %.2f copies", v.ratio(), crossed)
 			}
 		})
+	}
+}
+
+// Over slow lines a segment takes longer than members go without one. Those that are
+// known to get bytes meanwhile are waited for: taken again from elsewhere, the same bytes
+// would fill the line for longer (3.9 copies, and the last member at 6.5).
+func TestZonesOverSlowLines(t *testing.T) {
+	v := newModel(9, 16*mib, 6)
+	v.layout, v.piece = cut(v.size, mib, 256<<10)
+	v.zones, v.says = 3, true
+	v.far, v.line = 10*time.Millisecond, v.rate/2
+	if err := v.run(); err != nil {
+		t.Fatal(err)
+	}
+	crossed := float64(v.crossed) / float64(v.size)
+	t.Logf("last %.2f, over the lines %.2f copies", v.ratio(), crossed)
+	if v.ratio() > 5.6 || crossed > 3.1 {
+		t.Errorf("last %.2f, over the lines %.2f copies", v.ratio(), crossed)
 	}
 }
 
@@ -131,7 +157,7 @@ func TestEntryIsReplaced(t *testing.T) {
 }
 
 // A zone whose entry gets bytes has a full line, and waits longer before it takes the
-// same over it from elsewhere.
+// same over it from elsewhere; the entry half as long, if it has an address there.
 func TestZoneWaitsForItsEntry(t *testing.T) {
 	m := runScript(t, testDigest, testSize, 0, `
 			0s    join a can zone=x     > a fetch
@@ -143,20 +169,55 @@ func TestZoneWaitsForItsEntry(t *testing.T) {
 			2ms   status d busy`)
 	entry, other := m.members["d"], m.members["c"]
 	for _, c := range []struct {
-		heard, still time.Duration // since d said that it gets bytes; for how long c has had none
+		x            *member
+		heard, still time.Duration // since d said that it gets bytes; for how long x has had none
 		want         bool
 	}{
-		{0, 3900 * time.Millisecond, true},
-		{0, 4 * time.Second, false},
-		{testStall, 1900 * time.Millisecond, true},
-		{testStall, 2 * time.Second, false},
+		{other, 0, busyStalls*testStall - 1, true},
+		{other, 0, busyStalls * testStall, false},
+		{other, testStall, 1900 * time.Millisecond, true},
+		{other, testStall, 2 * time.Second, false},
+		{entry, 0, busyStalls*testStall/2 - 1, true},
+		{entry, 0, busyStalls * testStall / 2, false},
+		{entry, testStall, 0, false},
 	} {
-		if got := m.comes(entry.busyAt.Add(c.heard), 0, other, c.still); got != c.want {
-			t.Errorf("after %v without a byte, the entry heard %v ago: waits is %v", c.still, c.heard, got)
+		if got := m.comes(entry.busyAt.Add(c.heard), 0, c.x, c.still); got != c.want {
+			t.Errorf("%s, after %v without a byte, the entry heard %v ago: waits is %v", c.x.name, c.still, c.heard, got)
 		}
 	}
+	entry.given[0] = nil
 	if m.comes(entry.busyAt, 0, entry, 0) {
-		t.Error("the entry waits for itself")
+		t.Error("an entry without an address in another zone waits for itself")
+	}
+}
+
+// An entry that gets bytes is given no second address in another zone while its line
+// may be full, and is given one after that; one that gets none is given it at once.
+func TestEntryHasOneAddressElsewhere(t *testing.T) {
+	const begin = `
+			0s      join a whole zone=x   > a wait
+			0s      join b can zone=x     > b wait
+			0s      join c can zone=x     > c wait
+			0s      join d can zone=y     > d wait
+			1ms     announce a 0          > b seg0*(a), c seg0*(b), d seg0*(b)
+			500ms   announce b 0
+			500ms   status b whole -can
+			600ms   announce c 0
+			600ms   status c whole -can
+	`
+	busy := ""
+	for at := time.Second; at < busyStalls*testStall/2; at += testStall / 4 {
+		busy += fmt.Sprintln(at, "status d busy")
+	}
+	for _, c := range []struct{ name, lines string }{
+		{"it gets bytes", busy + `
+			10s     tick
+			10250ms tick                  > d seg0(c)`},
+		{"it gets none", `
+			1s      tick
+			1250ms  tick                  > d seg0(c)`},
+	} {
+		t.Run(c.name, func(t *testing.T) { runScript(t, testDigest, mib, 0, begin+c.lines) })
 	}
 }
 
