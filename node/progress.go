@@ -28,6 +28,7 @@ func (s *session) look(ctx context.Context) {
 	s.resume()
 	s.offer()
 	s.sendInline()
+	s.accuse()
 	s.tell(now)
 	if s.tracker == nil && !s.retryAt.IsZero() && now.After(s.retryAt) {
 		s.join(ctx)
@@ -287,6 +288,28 @@ func (s *session) silent(now time.Time, still time.Duration) []string {
 	return names
 }
 
+// accuse tells the tracker who sent pieces that do not have their hashes: what such a
+// peer has announced is of no use to others either.
+func (s *session) accuse() {
+	if s.blob == nil || s.tracker == nil || s.blob.Bans() == s.bans {
+		return
+	}
+	s.bans = s.blob.Bans()
+	var names []string
+	for name, address := range s.met {
+		// One that connected to us goes by its name.
+		if !slices.Contains(s.accused, name) && (s.blob.Banned(address) || s.blob.Banned(name)) {
+			names = append(names, name)
+		}
+	}
+	if len(names) == 0 {
+		return
+	}
+	slices.Sort(names)
+	s.accused = append(s.accused, names...)
+	s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_BadPieces{BadPieces: &apiv1.BadPieces{Peers: names}}})
+}
+
 // bad is called when the assembled bytes did not have the digest. The store
 // has thrown away what came from the swarm. The first time it is tried again:
 // the tracker, which is told, keeps those from this node that were wrong about
@@ -332,6 +355,7 @@ func (s *session) restart(ctx context.Context) {
 	clear(s.recalled)
 	clear(s.peers)
 	clear(s.met)
+	s.bans, s.accused = 0, nil
 	clear(s.announced)
 	s.from, s.asLeecher = 0, 0
 	s.metered.in, s.metered.out = 0, 0

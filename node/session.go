@@ -96,6 +96,8 @@ type session struct {
 	failed     int         // State.Failed when last looked at
 	movedAt    time.Time   // when the last new byte was seen, or the wait began
 	askedAt    time.Time
+	bans       int       // peers that the swarm had excluded when last looked at
+	accused    []string  // those that the tracker was told of
 	named      []string  // the silent peers that were named when it last asked
 	usedAt     time.Time // when the session was last of use to anyone
 	started    time.Time
@@ -272,6 +274,7 @@ func (s *session) join(ctx context.Context) {
 	s.tracker, s.retryAt, s.sentAt, s.resumed = ts, time.Time{}, time.Now(), true
 	s.joined = s.sentAt
 	s.inlineSent = false
+	s.bans, s.accused = 0, nil
 }
 
 // lost is called when the tracker has gone: the next in the order takes over.
@@ -347,7 +350,7 @@ func (s *session) segment(m *apiv1.Segment) {
 		return
 	}
 	if p := m.GetPieces(); len(p) > 0 && !bytes.Equal(p, s.pieces[i]) {
-		if s.pieces[i] != nil && s.blob.Holds(i) {
+		if s.pieces[i] != nil && s.blob.Clash(i, p, s.pieces[i]) {
 			return // what came by the other hashes must not be handed on by these
 		}
 		s.pieces[i] = p // others than before, if the first turned out to be wrong

@@ -3,6 +3,7 @@ package swarm
 import (
 	"bytes"
 	"context"
+	"crypto/sha1"
 	"fmt"
 	"maps"
 	"net"
@@ -50,6 +51,7 @@ type Blob struct {
 	wake   chan struct{}  // has room for one: keep is to look again
 
 	uploaded, downloaded     atomic.Int64
+	bans                     atomic.Int64
 	lastActive, lastReceived atomic.Int64 // as sinceStart has it; 0: never
 
 	// Lock order: mu, the torrent client's own lock, acct. The client calls
@@ -318,12 +320,18 @@ func (b *Blob) Ready(seg int) bool {
 	return s != nil && s.t.Complete().Bool()
 }
 
-// Holds reports whether a piece of the segment is present here, wherever it came
-// from; false outside [0, Segments()).
-func (b *Blob) Holds(seg int) bool {
+// Clash reports whether a piece of the segment that is present here, wherever it came
+// from, has another hash by one list of piece hashes than by another; false outside
+// [0, Segments()), true if a list is not as long as it must be.
+func (b *Blob) Clash(seg int, one, other []byte) bool {
 	off, n := b.layout.Segment(seg)
-	for at := int64(0); at < n; at += b.layout.PieceSize {
-		if b.present(off+at, min(b.layout.PieceSize, n-at)) {
+	if want := b.layout.Pieces(seg) * sha1.Size; len(one) != want || len(other) != want {
+		return n > 0
+	}
+	for i := range b.layout.Pieces(seg) {
+		at, hash := int64(i)*b.layout.PieceSize, i*sha1.Size
+		if !bytes.Equal(one[hash:hash+sha1.Size], other[hash:hash+sha1.Size]) &&
+			b.present(off+at, min(b.layout.PieceSize, n-at)) {
 			return true
 		}
 	}

@@ -48,12 +48,33 @@ func (b *Blob) refuses(peer string, now time.Time) bool {
 	return a != nil && (a.banned || now.Before(a.until))
 }
 
+// shut excludes a peer for good. b.acct must be held.
+func (b *Blob) shut(a *account) {
+	if !a.banned {
+		a.banned = true
+		b.bans.Add(1)
+	}
+}
+
+// Bans is how many peers are excluded from this blob for good. It may be called very
+// often.
+func (b *Blob) Bans() int { return int(b.bans.Load()) }
+
+// Banned reports whether a peer, named as in Stats, is excluded from this blob for
+// good: it sent bytes that do not have the hash of their piece.
+func (b *Blob) Banned(peer string) bool {
+	b.acct.Lock()
+	defer b.acct.Unlock()
+	a := b.accounts[peer]
+	return a != nil && a.banned
+}
+
 // ban excludes the peer from this blob for good.
 func (b *Blob) ban(peer, why string) {
 	b.acct.Lock()
 	a := b.account(peer)
 	first := !a.banned
-	a.banned = true
+	b.shut(a)
 	b.kicked[peer] = struct{}{}
 	b.acct.Unlock()
 	if first {
@@ -147,7 +168,7 @@ func (s *segment) failed(piece int, now time.Time) {
 			if !a.banned {
 				b.swarm.opts.Counter.ShutOut()
 			}
-			a.banned = true
+			b.shut(a)
 			b.swarm.opts.Log.Warn("peer banned from blob", "digest", b.digest, "peer", p, "reason", "it sent a bad piece")
 		case p != best:
 			a.until = now.Add(isolation)

@@ -13,6 +13,7 @@ func (m *Machine) decide(now time.Time) {
 	m.wake = time.Time{}
 	m.expireTold(now)
 	m.releaseOutcasts(now)
+	m.restore(now)
 	if m.starving == 0 {
 		m.vacant = time.Time{}
 		m.rest()
@@ -311,7 +312,7 @@ func (m *Machine) expireTold(now time.Time) {
 			m.wakeAt(until)
 			continue
 		}
-		f.told = time.Time{}
+		f.told, f.sent = time.Time{}, false
 		if f.tells++; f.tells > 1 {
 			m.castOut(f, "it was told to fetch and did not, again")
 		} else {
@@ -322,7 +323,7 @@ func (m *Machine) expireTold(now time.Time) {
 }
 
 func (m *Machine) tell(now time.Time, x *member) {
-	x.told, x.moved, m.lastTell = now, now, now
+	x.told, x.moved, m.lastTell, x.sent = now, now, now, true
 	m.begun = true
 	m.sort(now, x)
 	m.send(x, fetchMessage())

@@ -184,6 +184,8 @@ type Machine struct {
 	outcasts   bool                // there is or was an outcast
 	mute       map[string][]string // member that announced and sent nothing -> names of those that waited for it
 	badPairs   int                 // entries of bad and mute
+	expelled   map[string]bool     // members that did what no honest one does, by name
+	contested  bool                // segments were announced by different hashes
 	mismatches int
 
 	out []Command
@@ -206,6 +208,7 @@ func NewMachine(d digest.Digest, size int64, o MachineOptions) *Machine {
 		zones:     map[string][]*member{},
 		bad:       map[string][]string{},
 		mute:      map[string][]string{},
+		expelled:  map[string]bool{},
 		movers:    map[string]bool{},
 	}
 	if !m.small() {
@@ -221,7 +224,7 @@ func (m *Machine) Size() int64 { return m.size }
 // Members is how many members have joined.
 func (m *Machine) Members() int { return len(m.list) }
 
-// Mismatches counts announcements that were ignored because their piece
+// Mismatches counts announcements that were not believed because their piece
 // hashes contradict those announced before.
 func (m *Machine) Mismatches() int { return m.mismatches }
 
@@ -312,6 +315,9 @@ func (m *Machine) Message(now time.Time, name string, msg *api.MemberMessage) []
 	case *api.MemberMessage_Ask:
 		m.complain(now, x, t.Ask.GetSilent())
 		m.ask(now, x)
+		m.decide(now)
+	case *api.MemberMessage_BadPieces:
+		m.accuse(now, x, t.BadPieces.GetPeers())
 		m.decide(now)
 	case *api.MemberMessage_Bad:
 		if t.Bad.GetOwn() {
@@ -448,7 +454,7 @@ func (m *Machine) reportBad(now time.Time, x *member) {
 	}
 	x.mending = x.class == fetcher
 	for _, name := range authors {
-		m.blame(now, x, name)
+		m.blame(now, x, name, wrongHashes)
 	}
 	x.prefix, x.present, x.suspect = 0, 0, false
 	m.sort(now, x)
@@ -502,11 +508,11 @@ func (m *Machine) reported(name string) bool {
 	return false
 }
 
-// blame bans an author for the reporter, and for everyone when a second member
+// blame bans a member for the reporter, and for everyone when a second member
 // says the same: one bad reporter must not be able to drive good nodes out.
-func (m *Machine) blame(now time.Time, x *member, name string) {
+func (m *Machine) blame(now time.Time, x *member, name, reason string) {
 	by := m.bad[name]
-	if slices.Contains(by, x.name) || m.badPairs >= maxBad {
+	if x.banned || slices.Contains(by, x.name) || m.badPairs >= maxBad {
 		return
 	}
 	m.badPairs++
@@ -514,7 +520,7 @@ func (m *Machine) blame(now time.Time, x *member, name string) {
 	y := m.members[name]
 	banned := m.banned(name)
 	if !banned {
-		m.name(name, wrongHashes+", says one")
+		m.name(name, reason+", says one")
 	}
 	for i := range m.segs {
 		if m.segs[i].author != name {
@@ -536,7 +542,7 @@ func (m *Machine) blame(now time.Time, x *member, name string) {
 		return
 	}
 	if y != nil && !y.banned {
-		m.castOut(y, wrongHashes)
+		m.castOut(y, reason)
 		m.sort(now, y)
 		m.disown(now, y)
 	}
@@ -551,7 +557,7 @@ func (m *Machine) complain(now time.Time, x *member, names []string) {
 	for _, name := range names[:min(len(names), maxGiven)] {
 		y := m.members[name]
 		by := m.mute[name]
-		if y == nil || y.banned || y.proven || slices.Contains(by, x.name) || m.badPairs >= maxBad || !m.owes(now, y, x) {
+		if y == nil || x.banned || y.banned || y.proven || slices.Contains(by, x.name) || m.badPairs >= maxBad || !m.owes(now, y, x) {
 			continue
 		}
 		m.badPairs++
@@ -582,7 +588,9 @@ func (m *Machine) owes(now time.Time, y, x *member) bool {
 }
 
 // banned says whether a node is banned for everyone.
-func (m *Machine) banned(name string) bool { return len(m.bad[name]) >= 2 || len(m.mute[name]) >= 2 }
+func (m *Machine) banned(name string) bool {
+	return len(m.bad[name]) >= 2 || len(m.mute[name]) >= 2 || m.expelled[name]
+}
 
 // castOut bans a member for everyone; the caller sorts it.
 func (m *Machine) castOut(x *member, reason string) {

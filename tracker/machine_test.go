@@ -41,7 +41,7 @@ func testLayout(size int64) Layout {
 //
 // Commands are compared as a sorted set; a line without > wants none. Events:
 // join, status (key=value and flags), leave, move, announce <segment> [hashes],
-// inline [text], ask [silent...], bad [own], seeder, unseeder, tick. Before a line's
+// inline [text], ask [silent...], bad [own], badpieces [peers...], seeder, unseeder, tick. Before a line's
 // event the machine is ticked as it asks for; what that yields counts for a
 // tick line and is an error before any other.
 type script struct {
@@ -156,6 +156,8 @@ func (s *script) event(now time.Time, f []string) []Command {
 		msg.Message = &api.MemberMessage_Inline{Inline: &api.Inline{Data: data}}
 	case "ask":
 		msg.Message = &api.MemberMessage_Ask{Ask: &api.Ask{Silent: f[2:]}}
+	case "badpieces":
+		msg.Message = &api.MemberMessage_BadPieces{BadPieces: &api.BadPieces{Peers: f[2:]}}
 	case "bad":
 		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{Own: slices.Contains(f, "own")}}
 	default:
@@ -541,19 +543,16 @@ var machineTests = []machineTest{
 			1s    leave a
 			2s    join b can            > b seg0*(s), b seg1*(s)`},
 	{name: "first hashes win while their announcer lives", lines: `
-			0s    join a can            > a fetch
-			0s    status a fetching -can
+			0s    join a fetching       > a wait
 			0s    join b can            > b wait
 			0s    join c                > c wait
 			1ms   announce c 0 x        > a seg0*(b+c), b seg0*(c)
 			2ms   announce a 0 y
-			3ms   leave c
-			4ms   announce a 0 y        > b seg0*(a)`},
-	{name: "segments and hashes that do not fit are ignored", lines: `
+			3ms   leave c               > b seg0*(a)
+			4ms   announce a 0 y`},
+	{name: "a status that cannot be is cut to the blob's size", lines: `
 			0s    join a can            > a fetch
 			0s    join b can            > b wait
-			1ms   announce a 4
-			1ms   announce a 4000000000
 			1ms   status a prefix=-1 present=1000000`},
 	{name: "one reporter bans for itself, two for all", lines: `
 			0s    join s whole has=0    > s wait

@@ -61,6 +61,7 @@ type member struct {
 	proven  bool          // another has had a segment from it
 	idle    bool          // it was named for not fetching
 	tells   int           // times it was told in vain
+	sent    bool          // it was told to fetch, and has not thrown away what it brought
 	slow    time.Time     // since when it is known to be a slow fetcher; zero if it is not
 	from    int64         // bytes from 0 on that it had when it became fetcher
 	moved   time.Time     // when it last had more bytes, or became fetcher
@@ -134,6 +135,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		x.told = time.Time{} // the client that was to be sent is gone
 	}
 	lost := present < x.present && !s.GetWhole()
+	completed := s.GetWhole() && !x.whole && m.contested
 	turned := x.class != gone && x.canFetch != s.GetCanFetch()
 	x.prefix, x.present = prefix, present
 	x.canFetch, x.fetching, x.whole = s.GetCanFetch(), s.GetFetching(), s.GetWhole()
@@ -147,6 +149,11 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	if turned { // its client has come or gone, and with it the use of a first hop
 		for i := range m.segs {
 			m.mend(now, i)
+		}
+	}
+	if completed {
+		for i := range m.segs {
+			m.witness(now, i, x)
 		}
 	}
 	if lost {
@@ -166,6 +173,7 @@ func (m *Machine) lose(now time.Time, x *member) {
 		m.disown(now, x)
 		return
 	}
+	x.sent = false
 	clear(x.knows)
 	clear(x.given)
 	m.unhold(now, x)

@@ -12,8 +12,8 @@ import (
 
 // segment is what is known of one segment.
 type segment struct {
-	pieces  []byte              // the hashes first announced; nil until then
-	author  string              // who announced them
+	pieces  []byte              // the current hashes; nil until there are some
+	author  string              // who announced them first
 	origins []*member           // holders that have it from outside the swarm
 	relays  []*member           // holders that have it from other members
 	hops    map[*member]*member // origin -> the one leecher that was given its address
@@ -24,6 +24,8 @@ type segment struct {
 	// to be had.
 	released map[*member]bool
 	hopAt    time.Time // when a first hop was last given an origin
+
+	versions []version // what some said of it that is not current
 
 	helped   int       // members that stood still and were given more peers, since helpedAt
 	helpedAt time.Time // not longer ago than a little
@@ -40,28 +42,48 @@ func (s *segment) prove() {
 }
 
 // announce notes that x holds a segment and tells those that lack it. It says
-// whether nobody held the segment before.
+// whether there is more to decide: nobody held the segment before, or x contradicts
+// others, or has said what cannot be and is shut out.
 func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
-	i := int(a.GetSegment())
-	if i >= len(m.segs) || x.has[i] || x.banned || x.stale() || len(a.GetPieces()) != sha1Size*m.layout.Pieces(i) {
+	if x.banned || x.stale() || m.small() {
 		return false
 	}
-	s := &m.segs[i]
-	known := s.pieces != nil
-	if known && !bytes.Equal(s.pieces, a.GetPieces()) {
-		// Of two that contradict each other the first is believed, but not by
-		// one that has found out that its author was wrong.
-		if s.holders() > 0 && !m.tainted(i, x) {
-			m.mismatches++
-			return false
-		}
-		known = false
+	if uint64(a.GetSegment()) >= uint64(len(m.segs)) || len(a.GetPieces()) != sha1Size*m.layout.Pieces(int(a.GetSegment())) {
+		m.expel(now, x, noSegment)
+		return true
 	}
-	if !known {
-		m.reset(i)
-		s.pieces, s.author = bytes.Clone(a.GetPieces()), x.name
+	i := int(a.GetSegment())
+	s := &m.segs[i]
+	if x.has[i] {
+		return false
+	}
+	var same version // of those that were not current, what x announces
+	switch known := s.pieces != nil; {
+	case known && bytes.Equal(s.pieces, a.GetPieces()):
+	case known && m.contests(i, x):
+		m.mismatches++
+		m.keep(i, a.GetPieces(), x.name, x)
+		m.witnesses(now, i)
+		return true
+	default:
+		m.supersede(i)
+		same = s.take(a.GetPieces())
+		s.pieces, s.author = bytes.Clone(a.GetPieces()), cmp.Or(same.author, x.name)
 		s.hops, s.released, s.entries = map[*member]*member{}, map[*member]bool{}, map[string]*member{}
 	}
+	first := m.hold(now, i, x)
+	m.release(now) // it may have been a first hop
+	for _, y := range same.who {
+		m.announce(now, y, a)
+	}
+	m.witnesses(now, i)
+	return first
+}
+
+// hold makes x a holder of a segment by its current hashes. It says whether it is the
+// first.
+func (m *Machine) hold(now time.Time, i int, x *member) bool {
+	s := &m.segs[i]
 	first := s.holders() == 0
 	// A leecher has it from the swarm, if it was shown the way there.
 	origin := x.class == fetcher || len(x.given[i]) == 0
@@ -73,6 +95,7 @@ func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 	} else {
 		s.relays = append(s.relays, x)
 	}
+	s.withdraw(x)
 	x.has[i], x.knows[i], x.given[i] = true, true, nil
 	x.held++
 	x.heard, m.progressed = now, now
@@ -80,7 +103,6 @@ func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 		if m.isHop(i, x) {
 			m.keepPace(now.Sub(s.hopAt))
 		}
-		m.release(now) // it may have been a first hop
 		return false
 	}
 	m.covered++
@@ -88,7 +110,6 @@ func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 		m.keepPace(now.Sub(later(m.newest, m.lastTell)))
 	}
 	s.since, m.newest = now, now
-	m.release(now)
 	return true
 }
 
@@ -112,7 +133,7 @@ func (m *Machine) reset(i int) {
 		}
 		y.knows[i], y.given[i] = false, nil
 	}
-	*s = segment{}
+	*s = segment{versions: s.versions}
 }
 
 // spread tells all members that lack a segment about it, which x holds: one
@@ -275,7 +296,7 @@ func (m *Machine) draw(r *rand.Rand, i int, y *member, from []*member, fit func(
 // not had them.
 func (m *Machine) offer(i int, y *member, peers []*member) {
 	peers = peers[:min(len(peers), maxGiven-len(y.given[i]))]
-	if (y.knows[i] && len(peers) == 0) || m.tainted(i, y) {
+	if (y.knows[i] && len(peers) == 0) || m.tainted(i, y) || y.banned {
 		return
 	}
 	msg := &api.Segment{Segment: uint32(i)}
@@ -378,6 +399,7 @@ func (m *Machine) replace(i int, y *member) {
 func (m *Machine) unhold(now time.Time, x *member) {
 	for i := range m.segs {
 		s := &m.segs[i]
+		s.withdraw(x)
 		if s.pieces == nil {
 			continue
 		}

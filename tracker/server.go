@@ -359,7 +359,7 @@ func (s *Server) blame(d digest.Digest, c Command) {
 	if c.Outcast {
 		text = "member shut out of blob"
 	}
-	if c.Reason == wrongHashes {
+	if c.Reason == wrongHashes || c.Reason == otherHashes {
 		s.o.Counter.ShutOut()
 	} else {
 		s.o.Counter.Broke()

@@ -88,6 +88,7 @@ type MemberMessage struct {
 	//	*MemberMessage_Ask
 	//	*MemberMessage_Bad
 	//	*MemberMessage_Moved
+	//	*MemberMessage_BadPieces
 	Message       isMemberMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -193,6 +194,15 @@ func (x *MemberMessage) GetMoved() *Moved {
 	return nil
 }
 
+func (x *MemberMessage) GetBadPieces() *BadPieces {
+	if x != nil {
+		if x, ok := x.Message.(*MemberMessage_BadPieces); ok {
+			return x.BadPieces
+		}
+	}
+	return nil
+}
+
 type isMemberMessage_Message interface {
 	isMemberMessage_Message()
 }
@@ -225,6 +235,10 @@ type MemberMessage_Moved struct {
 	Moved *Moved `protobuf:"bytes,7,opt,name=moved,proto3,oneof"`
 }
 
+type MemberMessage_BadPieces struct {
+	BadPieces *BadPieces `protobuf:"bytes,8,opt,name=bad_pieces,json=badPieces,proto3,oneof"`
+}
+
 func (*MemberMessage_Hello) isMemberMessage_Message() {}
 
 func (*MemberMessage_Announce) isMemberMessage_Message() {}
@@ -238,6 +252,8 @@ func (*MemberMessage_Ask) isMemberMessage_Message() {}
 func (*MemberMessage_Bad) isMemberMessage_Message() {}
 
 func (*MemberMessage_Moved) isMemberMessage_Message() {}
+
+func (*MemberMessage_BadPieces) isMemberMessage_Message() {}
 
 // Hello opens a membership and repeats all that the member has, so that a
 // tracker that has just taken over knows as much as the one before it.
@@ -658,6 +674,54 @@ func (x *Bad) GetOwn() bool {
 	return false
 }
 
+// BadPieces names members that sent pieces which do not have their hashes. A member
+// passes on no piece before it has checked it, by the hashes that it has announced or
+// was told itself: so whoever was wrong about them, who sent such a piece did not do
+// as it said. A tracker that does not know this message ignores it.
+type BadPieces struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peers         []string               `protobuf:"bytes,1,rep,name=peers,proto3" json:"peers,omitempty"` // names of peers that the sender was told of
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BadPieces) Reset() {
+	*x = BadPieces{}
+	mi := &file_api_v1_tracker_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BadPieces) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BadPieces) ProtoMessage() {}
+
+func (x *BadPieces) ProtoReflect() protoreflect.Message {
+	mi := &file_api_v1_tracker_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BadPieces.ProtoReflect.Descriptor instead.
+func (*BadPieces) Descriptor() ([]byte, []int) {
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *BadPieces) GetPeers() []string {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
 // Moved is a member's last message: it goes on with the blob at another tracker,
 // which it can reach. The tracker ends the stream.
 type Moved struct {
@@ -668,7 +732,7 @@ type Moved struct {
 
 func (x *Moved) Reset() {
 	*x = Moved{}
-	mi := &file_api_v1_tracker_proto_msgTypes[8]
+	mi := &file_api_v1_tracker_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -680,7 +744,7 @@ func (x *Moved) String() string {
 func (*Moved) ProtoMessage() {}
 
 func (x *Moved) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[8]
+	mi := &file_api_v1_tracker_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -693,7 +757,7 @@ func (x *Moved) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Moved.ProtoReflect.Descriptor instead.
 func (*Moved) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{8}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{9}
 }
 
 type TrackerMessage struct {
@@ -712,7 +776,7 @@ type TrackerMessage struct {
 
 func (x *TrackerMessage) Reset() {
 	*x = TrackerMessage{}
-	mi := &file_api_v1_tracker_proto_msgTypes[9]
+	mi := &file_api_v1_tracker_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -724,7 +788,7 @@ func (x *TrackerMessage) String() string {
 func (*TrackerMessage) ProtoMessage() {}
 
 func (x *TrackerMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[9]
+	mi := &file_api_v1_tracker_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -737,7 +801,7 @@ func (x *TrackerMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrackerMessage.ProtoReflect.Descriptor instead.
 func (*TrackerMessage) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{9}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *TrackerMessage) GetMessage() isTrackerMessage_Message {
@@ -835,7 +899,7 @@ type Wait struct {
 
 func (x *Wait) Reset() {
 	*x = Wait{}
-	mi := &file_api_v1_tracker_proto_msgTypes[10]
+	mi := &file_api_v1_tracker_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -847,7 +911,7 @@ func (x *Wait) String() string {
 func (*Wait) ProtoMessage() {}
 
 func (x *Wait) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[10]
+	mi := &file_api_v1_tracker_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -860,7 +924,7 @@ func (x *Wait) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Wait.ProtoReflect.Descriptor instead.
 func (*Wait) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{10}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{11}
 }
 
 // Fetch means: send a waiting client to the registry, from the prefix.
@@ -872,7 +936,7 @@ type Fetch struct {
 
 func (x *Fetch) Reset() {
 	*x = Fetch{}
-	mi := &file_api_v1_tracker_proto_msgTypes[11]
+	mi := &file_api_v1_tracker_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -884,7 +948,7 @@ func (x *Fetch) String() string {
 func (*Fetch) ProtoMessage() {}
 
 func (x *Fetch) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[11]
+	mi := &file_api_v1_tracker_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -897,7 +961,7 @@ func (x *Fetch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fetch.ProtoReflect.Descriptor instead.
 func (*Fetch) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{11}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{12}
 }
 
 // Retract means: what came from other members so far is wrong, and the one who
@@ -911,7 +975,7 @@ type Retract struct {
 
 func (x *Retract) Reset() {
 	*x = Retract{}
-	mi := &file_api_v1_tracker_proto_msgTypes[12]
+	mi := &file_api_v1_tracker_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -923,7 +987,7 @@ func (x *Retract) String() string {
 func (*Retract) ProtoMessage() {}
 
 func (x *Retract) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[12]
+	mi := &file_api_v1_tracker_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -936,7 +1000,7 @@ func (x *Retract) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retract.ProtoReflect.Descriptor instead.
 func (*Retract) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{12}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{13}
 }
 
 // Segment names peers for one segment. With pieces set it is also the
@@ -952,7 +1016,7 @@ type Segment struct {
 
 func (x *Segment) Reset() {
 	*x = Segment{}
-	mi := &file_api_v1_tracker_proto_msgTypes[13]
+	mi := &file_api_v1_tracker_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -964,7 +1028,7 @@ func (x *Segment) String() string {
 func (*Segment) ProtoMessage() {}
 
 func (x *Segment) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[13]
+	mi := &file_api_v1_tracker_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -977,7 +1041,7 @@ func (x *Segment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Segment.ProtoReflect.Descriptor instead.
 func (*Segment) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{13}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Segment) GetSegment() uint32 {
@@ -1013,7 +1077,7 @@ type RegisterMessage struct {
 
 func (x *RegisterMessage) Reset() {
 	*x = RegisterMessage{}
-	mi := &file_api_v1_tracker_proto_msgTypes[14]
+	mi := &file_api_v1_tracker_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1025,7 +1089,7 @@ func (x *RegisterMessage) String() string {
 func (*RegisterMessage) ProtoMessage() {}
 
 func (x *RegisterMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[14]
+	mi := &file_api_v1_tracker_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1038,7 +1102,7 @@ func (x *RegisterMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterMessage.ProtoReflect.Descriptor instead.
 func (*RegisterMessage) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{14}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RegisterMessage) GetSelf() *Peer {
@@ -1079,7 +1143,7 @@ type Held struct {
 
 func (x *Held) Reset() {
 	*x = Held{}
-	mi := &file_api_v1_tracker_proto_msgTypes[15]
+	mi := &file_api_v1_tracker_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1091,7 +1155,7 @@ func (x *Held) String() string {
 func (*Held) ProtoMessage() {}
 
 func (x *Held) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[15]
+	mi := &file_api_v1_tracker_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1104,7 +1168,7 @@ func (x *Held) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Held.ProtoReflect.Descriptor instead.
 func (*Held) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{15}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Held) GetDigest() string {
@@ -1131,7 +1195,7 @@ type RegisterCommand struct {
 
 func (x *RegisterCommand) Reset() {
 	*x = RegisterCommand{}
-	mi := &file_api_v1_tracker_proto_msgTypes[16]
+	mi := &file_api_v1_tracker_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1143,7 +1207,7 @@ func (x *RegisterCommand) String() string {
 func (*RegisterCommand) ProtoMessage() {}
 
 func (x *RegisterCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[16]
+	mi := &file_api_v1_tracker_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1156,7 +1220,7 @@ func (x *RegisterCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterCommand.ProtoReflect.Descriptor instead.
 func (*RegisterCommand) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{16}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RegisterCommand) GetServe() string {
@@ -1173,7 +1237,7 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\x14api/v1/tracker.proto\x12\fimagewolf.v1\"4\n" +
 	"\x04Peer\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xd8\x02\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\x92\x03\n" +
 	"\rMemberMessage\x12+\n" +
 	"\x05hello\x18\x01 \x01(\v2\x13.imagewolf.v1.HelloH\x00R\x05hello\x124\n" +
 	"\bannounce\x18\x02 \x01(\v2\x16.imagewolf.v1.AnnounceH\x00R\bannounce\x12.\n" +
@@ -1181,7 +1245,9 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\x06inline\x18\x04 \x01(\v2\x14.imagewolf.v1.InlineH\x00R\x06inline\x12%\n" +
 	"\x03ask\x18\x05 \x01(\v2\x11.imagewolf.v1.AskH\x00R\x03ask\x12%\n" +
 	"\x03bad\x18\x06 \x01(\v2\x11.imagewolf.v1.BadH\x00R\x03bad\x12+\n" +
-	"\x05moved\x18\a \x01(\v2\x13.imagewolf.v1.MovedH\x00R\x05movedB\t\n" +
+	"\x05moved\x18\a \x01(\v2\x13.imagewolf.v1.MovedH\x00R\x05moved\x128\n" +
+	"\n" +
+	"bad_pieces\x18\b \x01(\v2\x17.imagewolf.v1.BadPiecesH\x00R\tbadPiecesB\t\n" +
 	"\amessage\"\xed\x01\n" +
 	"\x05Hello\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
@@ -1213,7 +1279,9 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\x03Ask\x12\x16\n" +
 	"\x06silent\x18\x01 \x03(\tR\x06silent\"\x17\n" +
 	"\x03Bad\x12\x10\n" +
-	"\x03own\x18\x01 \x01(\bR\x03own\"\a\n" +
+	"\x03own\x18\x01 \x01(\bR\x03own\"!\n" +
+	"\tBadPieces\x12\x14\n" +
+	"\x05peers\x18\x01 \x03(\tR\x05peers\"\a\n" +
 	"\x05Moved\"\x88\x02\n" +
 	"\x0eTrackerMessage\x12(\n" +
 	"\x04wait\x18\x01 \x01(\v2\x12.imagewolf.v1.WaitH\x00R\x04wait\x12+\n" +
@@ -1255,7 +1323,7 @@ func file_api_v1_tracker_proto_rawDescGZIP() []byte {
 	return file_api_v1_tracker_proto_rawDescData
 }
 
-var file_api_v1_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_api_v1_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_api_v1_tracker_proto_goTypes = []any{
 	(*Peer)(nil),            // 0: imagewolf.v1.Peer
 	(*MemberMessage)(nil),   // 1: imagewolf.v1.MemberMessage
@@ -1265,15 +1333,16 @@ var file_api_v1_tracker_proto_goTypes = []any{
 	(*Inline)(nil),          // 5: imagewolf.v1.Inline
 	(*Ask)(nil),             // 6: imagewolf.v1.Ask
 	(*Bad)(nil),             // 7: imagewolf.v1.Bad
-	(*Moved)(nil),           // 8: imagewolf.v1.Moved
-	(*TrackerMessage)(nil),  // 9: imagewolf.v1.TrackerMessage
-	(*Wait)(nil),            // 10: imagewolf.v1.Wait
-	(*Fetch)(nil),           // 11: imagewolf.v1.Fetch
-	(*Retract)(nil),         // 12: imagewolf.v1.Retract
-	(*Segment)(nil),         // 13: imagewolf.v1.Segment
-	(*RegisterMessage)(nil), // 14: imagewolf.v1.RegisterMessage
-	(*Held)(nil),            // 15: imagewolf.v1.Held
-	(*RegisterCommand)(nil), // 16: imagewolf.v1.RegisterCommand
+	(*BadPieces)(nil),       // 8: imagewolf.v1.BadPieces
+	(*Moved)(nil),           // 9: imagewolf.v1.Moved
+	(*TrackerMessage)(nil),  // 10: imagewolf.v1.TrackerMessage
+	(*Wait)(nil),            // 11: imagewolf.v1.Wait
+	(*Fetch)(nil),           // 12: imagewolf.v1.Fetch
+	(*Retract)(nil),         // 13: imagewolf.v1.Retract
+	(*Segment)(nil),         // 14: imagewolf.v1.Segment
+	(*RegisterMessage)(nil), // 15: imagewolf.v1.RegisterMessage
+	(*Held)(nil),            // 16: imagewolf.v1.Held
+	(*RegisterCommand)(nil), // 17: imagewolf.v1.RegisterCommand
 }
 var file_api_v1_tracker_proto_depIdxs = []int32{
 	2,  // 0: imagewolf.v1.MemberMessage.hello:type_name -> imagewolf.v1.Hello
@@ -1282,27 +1351,28 @@ var file_api_v1_tracker_proto_depIdxs = []int32{
 	5,  // 3: imagewolf.v1.MemberMessage.inline:type_name -> imagewolf.v1.Inline
 	6,  // 4: imagewolf.v1.MemberMessage.ask:type_name -> imagewolf.v1.Ask
 	7,  // 5: imagewolf.v1.MemberMessage.bad:type_name -> imagewolf.v1.Bad
-	8,  // 6: imagewolf.v1.MemberMessage.moved:type_name -> imagewolf.v1.Moved
-	0,  // 7: imagewolf.v1.Hello.self:type_name -> imagewolf.v1.Peer
-	4,  // 8: imagewolf.v1.Hello.status:type_name -> imagewolf.v1.Status
-	3,  // 9: imagewolf.v1.Hello.announced:type_name -> imagewolf.v1.Announce
-	10, // 10: imagewolf.v1.TrackerMessage.wait:type_name -> imagewolf.v1.Wait
-	11, // 11: imagewolf.v1.TrackerMessage.fetch:type_name -> imagewolf.v1.Fetch
-	13, // 12: imagewolf.v1.TrackerMessage.segment:type_name -> imagewolf.v1.Segment
-	5,  // 13: imagewolf.v1.TrackerMessage.inline:type_name -> imagewolf.v1.Inline
-	12, // 14: imagewolf.v1.TrackerMessage.retract:type_name -> imagewolf.v1.Retract
-	0,  // 15: imagewolf.v1.Segment.peers:type_name -> imagewolf.v1.Peer
-	0,  // 16: imagewolf.v1.RegisterMessage.self:type_name -> imagewolf.v1.Peer
-	15, // 17: imagewolf.v1.RegisterMessage.added:type_name -> imagewolf.v1.Held
-	1,  // 18: imagewolf.v1.Tracker.Join:input_type -> imagewolf.v1.MemberMessage
-	14, // 19: imagewolf.v1.Tracker.Register:input_type -> imagewolf.v1.RegisterMessage
-	9,  // 20: imagewolf.v1.Tracker.Join:output_type -> imagewolf.v1.TrackerMessage
-	16, // 21: imagewolf.v1.Tracker.Register:output_type -> imagewolf.v1.RegisterCommand
-	20, // [20:22] is the sub-list for method output_type
-	18, // [18:20] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	9,  // 6: imagewolf.v1.MemberMessage.moved:type_name -> imagewolf.v1.Moved
+	8,  // 7: imagewolf.v1.MemberMessage.bad_pieces:type_name -> imagewolf.v1.BadPieces
+	0,  // 8: imagewolf.v1.Hello.self:type_name -> imagewolf.v1.Peer
+	4,  // 9: imagewolf.v1.Hello.status:type_name -> imagewolf.v1.Status
+	3,  // 10: imagewolf.v1.Hello.announced:type_name -> imagewolf.v1.Announce
+	11, // 11: imagewolf.v1.TrackerMessage.wait:type_name -> imagewolf.v1.Wait
+	12, // 12: imagewolf.v1.TrackerMessage.fetch:type_name -> imagewolf.v1.Fetch
+	14, // 13: imagewolf.v1.TrackerMessage.segment:type_name -> imagewolf.v1.Segment
+	5,  // 14: imagewolf.v1.TrackerMessage.inline:type_name -> imagewolf.v1.Inline
+	13, // 15: imagewolf.v1.TrackerMessage.retract:type_name -> imagewolf.v1.Retract
+	0,  // 16: imagewolf.v1.Segment.peers:type_name -> imagewolf.v1.Peer
+	0,  // 17: imagewolf.v1.RegisterMessage.self:type_name -> imagewolf.v1.Peer
+	16, // 18: imagewolf.v1.RegisterMessage.added:type_name -> imagewolf.v1.Held
+	1,  // 19: imagewolf.v1.Tracker.Join:input_type -> imagewolf.v1.MemberMessage
+	15, // 20: imagewolf.v1.Tracker.Register:input_type -> imagewolf.v1.RegisterMessage
+	10, // 21: imagewolf.v1.Tracker.Join:output_type -> imagewolf.v1.TrackerMessage
+	17, // 22: imagewolf.v1.Tracker.Register:output_type -> imagewolf.v1.RegisterCommand
+	21, // [21:23] is the sub-list for method output_type
+	19, // [19:21] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_api_v1_tracker_proto_init() }
@@ -1318,8 +1388,9 @@ func file_api_v1_tracker_proto_init() {
 		(*MemberMessage_Ask)(nil),
 		(*MemberMessage_Bad)(nil),
 		(*MemberMessage_Moved)(nil),
+		(*MemberMessage_BadPieces)(nil),
 	}
-	file_api_v1_tracker_proto_msgTypes[9].OneofWrappers = []any{
+	file_api_v1_tracker_proto_msgTypes[10].OneofWrappers = []any{
 		(*TrackerMessage_Wait)(nil),
 		(*TrackerMessage_Fetch)(nil),
 		(*TrackerMessage_Segment)(nil),
@@ -1332,7 +1403,7 @@ func file_api_v1_tracker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_v1_tracker_proto_rawDesc), len(file_api_v1_tracker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   17,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,0 +1,202 @@
+package tracker
+
+import (
+	"slices"
+	"time"
+
+	api "github.com/imagewolf/imagewolf/api/v1"
+)
+
+// Members may announce one segment by different hashes. Only one of them can be
+// right, and nothing in the hashes says which. One version is current, by which the
+// segment goes from member to member; what the others say is kept, so that it can
+// take its place when those who brought the current one turn out to be wrong.
+//
+// A member that has the whole blob knows by its sha256 that its version is right. Its
+// word counts as every other: one gets the author of another version named, two shut
+// it out. Who only passed a version on is not to blame.
+
+const (
+	// maxVersions is how many versions of a segment are kept beside the current one.
+	maxVersions = 4
+	// maxKept is how many that hold a version are remembered while it is not current:
+	// enough for it to spread from.
+	maxKept = 4
+)
+
+// Why a member is shut out over hashes and pieces.
+const (
+	wrongPieces = "it sent pieces that do not have the hashes it passed on"
+	otherHashes = "it announced other hashes than those that have the whole blob"
+	noSegment   = "it announced what is no segment of the blob"
+)
+
+// version is a segment by other hashes than the current ones.
+type version struct {
+	pieces []byte
+	author string    // who announced it first
+	who    []*member // that hold it, maxKept at most
+}
+
+// contests says whether x, which announces other hashes than the segment's, is kept
+// from being believed: of two that contradict each other the first is. But not by one
+// that has found out that its author was wrong, nor rather than the one that this
+// tracker sent to the registry, as long as nobody has had the segment by the first
+// hashes, which may be anybody's.
+func (m *Machine) contests(i int, x *member) bool {
+	s := &m.segs[i]
+	sent := func(o *member) bool { return o.sent }
+	overrules := x.sent && len(s.relays) == 0 && !slices.ContainsFunc(s.origins, sent)
+	return s.holders() > 0 && !m.tainted(i, x) && !overrules
+}
+
+// keep notes that x announced a segment by other hashes than the current ones.
+func (m *Machine) keep(i int, pieces []byte, author string, x *member) {
+	m.contested = true
+	s := &m.segs[i]
+	s.withdraw(x)
+	for k := range s.versions {
+		v := &s.versions[k]
+		if string(v.pieces) != string(pieces) {
+			continue
+		}
+		if len(v.who) < maxKept {
+			v.who = append(v.who, x)
+		}
+		return
+	}
+	if len(s.versions) < maxVersions {
+		s.versions = append(s.versions, version{slices.Clone(pieces), author, []*member{x}})
+	}
+}
+
+// withdraw forgets what x said of the segment but for the current version.
+func (s *segment) withdraw(x *member) {
+	for k := range s.versions {
+		s.versions[k].who = remove(s.versions[k].who, x)
+	}
+	s.versions = slices.DeleteFunc(s.versions, func(v version) bool { return len(v.who) == 0 })
+}
+
+// take removes a version and returns it; one without author if there is none.
+func (s *segment) take(pieces []byte) (v version) {
+	for k := range s.versions {
+		if string(s.versions[k].pieces) == string(pieces) {
+			v = s.versions[k]
+			s.versions = slices.Delete(s.versions, k, k+1)
+			break
+		}
+	}
+	return v
+}
+
+// supersede makes the current version of a segment one of the others.
+func (m *Machine) supersede(i int) {
+	s := &m.segs[i]
+	pieces, author := s.pieces, s.author
+	holders := append(slices.Clone(s.origins), s.relays...)
+	m.reset(i)
+	for _, y := range holders[:min(len(holders), maxKept)] {
+		m.keep(i, pieces, author, y)
+	}
+}
+
+// restore makes another version current of every segment that nobody holds any more:
+// the one that most hold.
+func (m *Machine) restore(now time.Time) {
+	if !m.contested {
+		return
+	}
+	for i := range m.segs {
+		s := &m.segs[i]
+		if s.holders() > 0 || len(s.versions) == 0 {
+			continue
+		}
+		s.versions = slices.DeleteFunc(s.versions, func(v version) bool { return m.banned(v.author) })
+		var best version
+		for _, v := range s.versions {
+			if len(v.who) > len(best.who) {
+				best = v
+			}
+		}
+		if len(best.who) > 0 {
+			m.announce(now, best.who[0], &api.Announce{Segment: uint32(i), Pieces: best.pieces})
+		}
+	}
+}
+
+// witness takes the word of x, if it has the whole blob, against those who said
+// otherwise of a segment.
+func (m *Machine) witness(now time.Time, i int, x *member) {
+	s := &m.segs[i]
+	if !x.whole || len(s.versions) == 0 {
+		return
+	}
+	own := s.author
+	var others []string
+	if !x.has[i] {
+		at := slices.IndexFunc(s.versions, func(v version) bool { return slices.Contains(v.who, x) })
+		if at < 0 {
+			return
+		}
+		own = s.versions[at].author
+		if s.holders() > 0 {
+			others = append(others, s.author)
+		}
+	}
+	for _, v := range s.versions {
+		others = append(others, v.author)
+	}
+	for _, name := range others {
+		if name != own && name != x.name && !m.banned(name) {
+			m.blame(now, x, name, otherHashes)
+		}
+	}
+}
+
+// witnesses is witness for all that are known to hold a segment, until the others
+// are shut out.
+func (m *Machine) witnesses(now time.Time, i int) {
+	s := &m.segs[i]
+	if len(s.versions) == 0 {
+		return
+	}
+	holders := append(slices.Clone(s.origins), s.relays...)
+	for _, v := range s.versions {
+		holders = append(holders, v.who...)
+	}
+	for _, x := range holders {
+		if !x.banned {
+			m.witness(now, i, x)
+		}
+	}
+}
+
+// accuse is told by x of whom it was sent pieces that did not have their hashes.
+func (m *Machine) accuse(now time.Time, x *member, names []string) {
+	for _, name := range names[:min(len(names), maxGiven)] {
+		if y := m.members[name]; y != nil && y != x && met(x, y) {
+			m.blame(now, x, name, wrongPieces)
+		}
+	}
+}
+
+// met says whether one of two members was told of the other.
+func met(x, y *member) bool {
+	for i := range x.given {
+		if slices.Contains(x.given[i], y) || slices.Contains(y.given[i], x) {
+			return true
+		}
+	}
+	return false
+}
+
+// expel shuts a member out for good for what no honest one does.
+func (m *Machine) expel(now time.Time, x *member, reason string) {
+	if len(m.expelled) < maxBad {
+		m.expelled[x.name] = true
+	}
+	m.castOut(x, reason)
+	m.sort(now, x)
+	m.disown(now, x)
+}

@@ -1,0 +1,142 @@
+package tracker
+
+import (
+	"fmt"
+	"testing"
+
+	api "github.com/imagewolf/imagewolf/api/v1"
+)
+
+// versionTests are of members that announce what cannot be, other hashes than others
+// do, or send pieces that do not have theirs. l is the one that lies.
+var versionTests = []machineTest{
+	{name: "one that announces what is no segment is shut out, and what else it said forgotten", lines: `
+			0s    join l                > l wait
+			0s    announce l 1 x
+			0s    announce l 4          > l out
+			0s    announce l 4000000000
+			1ms   join a can            > a fetch
+			1ms   join b can            > b wait
+			2ms   status a fetching -can
+			3ms   announce a 1 y        > b seg1*(a)
+			4ms   leave l
+			5ms   join l has=0          > l out, l wait`},
+	{name: "one that announces too many hashes is shut out, and the other version is there at once", lines: `
+			0s    join l                > l wait
+			0s    announce l 1 x
+			1ms   join a can resumed    > a seg1*(l)
+			1ms   join b fetching       > b seg1*(a+l)
+			3ms   announce b 1 y
+			4ms   announce l 9          > l out, a seg1*(b)`},
+	{name: "who was sent to the registry is believed rather than who was first", lines: `
+			0s    join l                > l wait
+			0s    announce l 1 x
+			1ms   join a can            > a fetch, a seg1*(l)
+			1ms   join b can            > b seg1*(l)
+			2ms   status a fetching -can
+			3ms   announce a 1 y        > b seg1*(a), l seg1*(b)`},
+	{name: "but not once another had the segment by the first hashes", lines: `
+			0s    join s whole has=1    > s wait
+			0s    join b can            > b seg1*(s)
+			0s    join l can            > l seg1*(b)
+			1ms   announce b 1
+			2ms   status b -can
+			2s    tick                  > l fetch
+			2.1s  status l fetching -can
+			2.1s  announce l 1 x        > l named`},
+	{name: "whole blobs speak against other hashes: one names, two shut out", lines: `
+			0s    join a can            > a fetch
+			0s    join l                > l wait
+			0s    join b can            > b wait
+			1ms   status a fetching -can
+			2ms   announce a 0 y        > l seg0*(b), b seg0*(a)
+			3ms   announce l 0 x
+			4ms   announce b 0 y
+			5ms   status a prefix=4 whole -fetching > l named
+			6ms   status b prefix=4 whole > l out`},
+	{name: "who is whole when it hears other hashes speaks as well, and a version is kept until it is needed", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 0 x
+			1ms   join s whole has=0    > s wait, s named, l named
+			2ms   join t whole has=0    > t wait, l out`},
+	{name: "a version comes back when the current one's holder has gone", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 0 x
+			1ms   join a can            > a seg0*(l)
+			1ms   join s                > s seg0*(a)
+			2ms   announce s 0 y        > s named
+			3ms   leave l               > a seg0(s), a seg0*(s)`},
+	{name: "who passed on wrong hashes is not to blame for them", lines: `
+			0s    join l                > l wait
+			0s    announce l 1 x
+			1ms   join a can            > a fetch, a seg1*(l)
+			1ms   join b can            > b seg1*(l)
+			2ms   status a fetching -can
+			3ms   announce a 1 y        > b seg1*(a), l seg1*(b)
+			4ms   announce b 1 x
+			5ms   status a prefix=4 whole -fetching > l named`},
+	{name: "bad pieces: one says so and brings others, two shut out", lines: `
+			0s    join l whole has=0+1+2+3 > l wait
+			0s    join a can            > a seg0*(l), a seg1*(l)
+			0s    join b can            > b seg0*(a), b seg1*(a)
+			1ms   badpieces a l b nobody a > b seg0(l), b seg1(l), b named, l named
+			2ms   badpieces a l
+			3ms   badpieces b l         > l out, b fetch`},
+	{name: "bad pieces of one that the member was not told of do not count", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    join l                > l wait
+			1ms   badpieces l a b
+			2ms   badpieces b a`},
+	{name: "the word of one that is shut out does not count", lines: `
+			0s    join s whole has=0    > s wait
+			0s    join l can            > l seg0*(s)
+			0s    join k can            > k seg0*(l)
+			1ms   announce l 7          > l out, k seg0(s), l fetch
+			2ms   badpieces l s
+			2ms   bad l`},
+}
+
+func TestVersions(t *testing.T) {
+	for _, c := range versionTests {
+		t.Run(c.name, func(t *testing.T) { runScript(t, testDigest, testSize, c.members, c.lines) })
+	}
+}
+
+// What one member says of one segment, however often and differently, is kept once,
+// and what many say is bounded.
+func TestVersionsAreBounded(t *testing.T) {
+	m := NewMachine(testDigest, testSize, MachineOptions{StallTimeout: testStall, Layout: testLayout})
+	join := func(name string) {
+		hello := &api.Hello{Size: testSize, Self: &api.Peer{Name: name, Address: name}, Status: &api.Status{}}
+		if _, err := m.Join(epoch, hello); err != nil {
+			t.Fatal(err)
+		}
+	}
+	say := func(name string, hashes int) {
+		a := segmentOf(0, byte(hashes))
+		m.Message(epoch, name, &api.MemberMessage{Message: &api.MemberMessage_Announce{Announce: a}})
+	}
+	join("first")
+	say("first", 1)
+	for k := range 20 {
+		name := fmt.Sprint("n", k)
+		join(name)
+		for h := range 200 {
+			say(name, h)
+		}
+		say(name, 2+k%6)
+	}
+	versions := m.segs[0].versions
+	if len(versions) > maxVersions {
+		t.Errorf("%d versions", len(versions))
+	}
+	for _, v := range versions {
+		if len(v.who) > maxKept {
+			t.Errorf("%d remembered that hold a version", len(v.who))
+		}
+	}
+	if m.Mismatches() == 0 {
+		t.Error("no contradiction was counted")
+	}
+}
