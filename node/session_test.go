@@ -18,8 +18,8 @@ import (
 )
 
 // TestReplacedHashes: a tracker that has other piece hashes for a segment is
-// followed, but not once bytes of it have come: those would be handed on as if
-// they were right by the new ones, and this node be banned for it.
+// followed, but not once a piece has come whose hash is another: it would be handed on
+// as if it were right by the new one, and this node be banned for it.
 func TestReplacedHashes(t *testing.T) {
 	content := make([]byte, 2*mib)
 	p := newZoned(t, content, 1, 1).peers[0]
@@ -40,6 +40,51 @@ func TestReplacedHashes(t *testing.T) {
 		if !bytes.Equal(s.pieces[seg], want) {
 			t.Errorf("segment %d goes by hashes of %d, want %d", seg, s.pieces[seg][0], want[0])
 		}
+	}
+	same := hashes(2)
+	copy(same, hashes(1)[:20]) // of the piece that is here
+	if told(1, same); !bytes.Equal(s.pieces[1], same) {
+		t.Error("hashes that say the same of the piece that is here are not followed")
+	}
+}
+
+// TestAccuse: the tracker is told once, and a new one again, of a peer that sent a
+// piece which does not have its hash.
+func TestAccuse(t *testing.T) {
+	content := make([]byte, 2*mib)
+	nodes := newZoned(t, content, 2, 1).peers
+	liar, leecher := nodes[0], nodes[1]
+	if err := liar.data.MarkPresent(0, int64(len(content))); err != nil {
+		t.Fatal(err)
+	}
+	tracker := &asks{}
+	s := &session{blob: leecher.blob, tracker: tracker, met: map[string]string{"lies": liar.addr, "does not": "127.0.0.1:1"}}
+	s.accuse()
+	lies := bytes.Repeat([]byte{5}, 20*swarm.LayoutOf(int64(len(content))).Pieces(0))
+	if _, err := liar.blob.Offer(t.Context(), 0, lies); err != nil {
+		t.Fatal(err)
+	}
+	if err := leecher.blob.Leech(0, lies, []string{liar.addr}); err != nil {
+		t.Fatal(err)
+	}
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	limit := time.After(20 * time.Second)
+	for !leecher.blob.Banned(liar.addr) {
+		select {
+		case <-tick.C:
+		case <-limit:
+			t.Fatal("nobody was banned")
+		}
+	}
+	s.accuse()
+	s.accuse()
+	if want := []string{"lies"}; tracker.n != 1 || !slices.Equal(tracker.accused, want) {
+		t.Errorf("told %d times, last of %v, want once of %v", tracker.n, tracker.accused, want)
+	}
+	s.bans, s.accused = 0, nil // as when it joins at another tracker
+	if s.accuse(); tracker.n != 2 {
+		t.Errorf("the next tracker was told %d times, want once", tracker.n-1)
 	}
 }
 
@@ -185,12 +230,13 @@ func TestFullLine(t *testing.T) {
 	}
 }
 
-// asks has the silent peers that a tracker was last told of, and how often it was
-// asked.
+// asks has the silent peers, and those that sent bad pieces, that a tracker was last
+// told of, and how often it was told anything.
 type asks struct {
 	trackerSession
-	n      int
-	silent []string
+	n       int
+	silent  []string
+	accused []string
 }
 
 func (a *asks) Err() error { return nil }
@@ -199,6 +245,6 @@ func (a *asks) Close() {}
 
 func (a *asks) Send(m *apiv1.MemberMessage) error {
 	a.n++
-	a.silent = m.GetAsk().GetSilent()
+	a.silent, a.accused = m.GetAsk().GetSilent(), m.GetBadPieces().GetPeers()
 	return nil
 }

@@ -592,9 +592,18 @@ func (m *Machine) banned(name string) bool {
 	return len(m.bad[name]) >= 2 || len(m.mute[name]) >= 2 || m.expelled[name]
 }
 
-// castOut bans a member for everyone; the caller sorts it.
+// castOut bans a member for everyone; the caller sorts it. What it alone has said of
+// others is forgotten.
 func (m *Machine) castOut(x *member, reason string) {
 	x.banned, m.outcasts = true, true
+	for _, said := range []map[string][]string{m.bad, m.mute} {
+		for name, by := range said {
+			if len(by) == 1 && by[0] == x.name {
+				delete(said, name)
+				m.badPairs--
+			}
+		}
+	}
 	m.out = append(m.out, Command{To: x.name, Reason: reason, Outcast: true})
 }
 

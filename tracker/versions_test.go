@@ -94,7 +94,15 @@ var versionTests = []machineTest{
 			0s    join k can            > k seg0*(l)
 			1ms   announce l 7          > l out, k seg0(s), l fetch
 			2ms   badpieces l s
-			2ms   bad l`},
+			3ms   badpieces k s         > s named, k fetch
+			4ms   bad l`},
+	{name: "nor does what it had said before", lines: `
+			0s    join s whole has=0    > s wait
+			0s    join l can            > l seg0*(s)
+			0s    join k can            > k seg0*(l)
+			1ms   badpieces l s         > k seg0(s), l fetch, s named
+			2ms   announce l 7          > l out
+			3ms   badpieces k s         > k fetch, s named`},
 }
 
 func TestVersions(t *testing.T) {
