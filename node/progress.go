@@ -291,23 +291,20 @@ func (s *session) silent(now time.Time, still time.Duration) []string {
 // accuse tells the tracker who sent pieces that do not have their hashes: what such a
 // peer has announced is of no use to others either.
 func (s *session) accuse() {
-	if s.blob == nil || s.tracker == nil || s.blob.Bans() == s.bans {
+	if s.blob == nil || s.tracker == nil {
 		return
 	}
-	s.bans = s.blob.Bans()
-	var names []string
-	for name, address := range s.met {
-		// One that connected to us goes by its name.
-		if !slices.Contains(s.accused, name) && (s.blob.Banned(address) || s.blob.Banned(name)) {
-			names = append(names, name)
+	for _, bad := range s.blob.BadSenders(s.accused) {
+		s.accused++
+		for name, address := range s.met {
+			// One that connected to us goes by its name.
+			if bad.Peer == address || bad.Peer == name {
+				s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_BadPieces{BadPieces: &apiv1.BadPieces{
+					Segment: uint32(bad.Segment), Pieces: bad.Pieces, Peers: []string{name},
+				}}})
+			}
 		}
 	}
-	if len(names) == 0 {
-		return
-	}
-	slices.Sort(names)
-	s.accused = append(s.accused, names...)
-	s.send(&apiv1.MemberMessage{Message: &apiv1.MemberMessage_BadPieces{BadPieces: &apiv1.BadPieces{Peers: names}}})
 }
 
 // bad is called when the assembled bytes did not have the digest. The store
@@ -355,7 +352,7 @@ func (s *session) restart(ctx context.Context) {
 	clear(s.recalled)
 	clear(s.peers)
 	clear(s.met)
-	s.bans, s.accused = 0, nil
+	s.accused = 0
 	clear(s.announced)
 	s.from, s.asLeecher = 0, 0
 	s.metered.in, s.metered.out = 0, 0

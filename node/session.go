@@ -96,8 +96,7 @@ type session struct {
 	failed     int         // State.Failed when last looked at
 	movedAt    time.Time   // when the last new byte was seen, or the wait began
 	askedAt    time.Time
-	bans       int       // peers that the swarm had excluded when last looked at
-	accused    []string  // those that the tracker was told of
+	accused    int       // those that sent bad pieces of whom the tracker was told
 	named      []string  // the silent peers that were named when it last asked
 	usedAt     time.Time // when the session was last of use to anyone
 	started    time.Time
@@ -274,7 +273,7 @@ func (s *session) join(ctx context.Context) {
 	s.tracker, s.retryAt, s.sentAt, s.resumed = ts, time.Time{}, time.Now(), true
 	s.joined = s.sentAt
 	s.inlineSent = false
-	s.bans, s.accused = 0, nil
+	s.accused = 0
 }
 
 // lost is called when the tracker has gone: the next in the order takes over.

@@ -51,7 +51,6 @@ type Blob struct {
 	wake   chan struct{}  // has room for one: keep is to look again
 
 	uploaded, downloaded     atomic.Int64
-	bans                     atomic.Int64
 	lastActive, lastReceived atomic.Int64 // as sinceStart has it; 0: never
 
 	// Lock order: mu, the torrent client's own lock, acct. The client calls
@@ -63,6 +62,7 @@ type Blob struct {
 	faces    map[string]*face // guarded by mu; by peer address
 	acct     sync.Mutex
 	err      error               // guarded by acct
+	bad      []BadSender         // guarded by acct
 	accounts map[string]*account // guarded by acct; by peer
 	kicked   map[string]struct{} // guarded by acct; peers to be disconnected
 	gap      time.Duration       // guarded by acct; the longest that a peer took lately

@@ -15,6 +15,8 @@ const (
 	// maxBad is how many bad pieces a peer may have had a part in, beyond the
 	// good ones, before it is banned whoever else had a part in them.
 	maxBad = 8
+	// maxSenders is how many bad pieces of a blob it is remembered who sent them.
+	maxSenders = 64
 	// settling is after how long a connection has become the client's, however busy
 	// that is, and says what its peer has.
 	settling = 3 * time.Second
@@ -48,25 +50,19 @@ func (b *Blob) refuses(peer string, now time.Time) bool {
 	return a != nil && (a.banned || now.Before(a.until))
 }
 
-// shut excludes a peer for good. b.acct must be held.
-func (b *Blob) shut(a *account) {
-	if !a.banned {
-		a.banned = true
-		b.bans.Add(1)
-	}
+// BadSender is a peer that sent all of a piece which does not have its hash.
+type BadSender struct {
+	Peer    string // named as in Stats
+	Segment int
+	Pieces  []byte // the segment's piece hashes; not to be changed
 }
 
-// Bans is how many peers are excluded from this blob for good. It may be called very
-// often.
-func (b *Blob) Bans() int { return int(b.bans.Load()) }
-
-// Banned reports whether a peer, named as in Stats, is excluded from this blob for
-// good: it sent bytes that do not have the hash of their piece.
-func (b *Blob) Banned(peer string) bool {
+// BadSenders returns all but the first n that there have been since Open. It may be
+// called very often.
+func (b *Blob) BadSenders(n int) []BadSender {
 	b.acct.Lock()
 	defer b.acct.Unlock()
-	a := b.accounts[peer]
-	return a != nil && a.banned
+	return slices.Clone(b.bad[min(n, len(b.bad)):])
 }
 
 // ban excludes the peer from this blob for good.
@@ -74,7 +70,7 @@ func (b *Blob) ban(peer, why string) {
 	b.acct.Lock()
 	a := b.account(peer)
 	first := !a.banned
-	b.shut(a)
+	a.banned = true
 	b.kicked[peer] = struct{}{}
 	b.acct.Unlock()
 	if first {
@@ -163,12 +159,15 @@ func (s *segment) failed(piece int, now time.Time) {
 			continue
 		}
 		a.bad++
+		if len(from) == 1 && len(b.bad) < maxSenders {
+			b.bad = append(b.bad, BadSender{p, s.index, s.pieces})
+		}
 		switch {
 		case len(from) == 1 || a.bad-a.good >= maxBad:
 			if !a.banned {
 				b.swarm.opts.Counter.ShutOut()
 			}
-			b.shut(a)
+			a.banned = true
 			b.swarm.opts.Log.Warn("peer banned from blob", "digest", b.digest, "peer", p, "reason", "it sent a bad piece")
 		case p != best:
 			a.until = now.Add(isolation)

@@ -317,7 +317,7 @@ func (m *Machine) Message(now time.Time, name string, msg *api.MemberMessage) []
 		m.ask(now, x)
 		m.decide(now)
 	case *api.MemberMessage_BadPieces:
-		m.accuse(now, x, t.BadPieces.GetPeers())
+		m.accuse(now, x, t.BadPieces)
 		m.decide(now)
 	case *api.MemberMessage_Bad:
 		if t.Bad.GetOwn() {

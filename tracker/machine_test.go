@@ -41,7 +41,7 @@ func testLayout(size int64) Layout {
 //
 // Commands are compared as a sorted set; a line without > wants none. Events:
 // join, status (key=value and flags), leave, move, announce <segment> [hashes],
-// inline [text], ask [silent...], bad [own], badpieces [peers...], seeder, unseeder, tick. Before a line's
+// inline [text], ask [silent...], bad [own], badpieces <hashes> [peers...] of segment 0, seeder, unseeder, tick. Before a line's
 // event the machine is ticked as it asks for; what that yields counts for a
 // tick line and is an error before any other.
 type script struct {
@@ -157,7 +157,8 @@ func (s *script) event(now time.Time, f []string) []Command {
 	case "ask":
 		msg.Message = &api.MemberMessage_Ask{Ask: &api.Ask{Silent: f[2:]}}
 	case "badpieces":
-		msg.Message = &api.MemberMessage_BadPieces{BadPieces: &api.BadPieces{Peers: f[2:]}}
+		hashes := segmentOf(0, f[2][0]).GetPieces()
+		msg.Message = &api.MemberMessage_BadPieces{BadPieces: &api.BadPieces{Pieces: hashes, Peers: f[3:]}}
 	case "bad":
 		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{Own: slices.Contains(f, "own")}}
 	default:

@@ -26,7 +26,7 @@ const (
 
 // Why a member is shut out over hashes and pieces.
 const (
-	wrongPieces = "it sent pieces that do not have the hashes it passed on"
+	wrongPieces = "it sent pieces that do not have the hashes it announced"
 	otherHashes = "it announced other hashes than those that have the whole blob"
 	noSegment   = "it announced what is no segment of the blob"
 )
@@ -172,13 +172,31 @@ func (m *Machine) witnesses(now time.Time, i int) {
 	}
 }
 
-// accuse is told by x of whom it was sent pieces that did not have their hashes.
-func (m *Machine) accuse(now time.Time, x *member, names []string) {
+// accuse is told by x of whom it was sent pieces that did not have their hashes. That
+// counts against those that have announced the segment by the same hashes. Others may
+// have bytes of the registry, and be about to find out that the hashes are wrong.
+func (m *Machine) accuse(now time.Time, x *member, bad *api.BadPieces) {
+	if uint64(bad.GetSegment()) >= uint64(len(m.segs)) {
+		return
+	}
+	i := int(bad.GetSegment())
+	names := bad.GetPeers()
 	for _, name := range names[:min(len(names), maxGiven)] {
-		if y := m.members[name]; y != nil && y != x && met(x, y) {
+		y := m.members[name]
+		if y != nil && y != x && met(x, y) && m.segs[i].vouches(y, bad.GetPieces()) {
 			m.blame(now, x, name, wrongPieces)
 		}
 	}
+}
+
+// vouches says whether x holds the segment by those hashes.
+func (s *segment) vouches(x *member, pieces []byte) bool {
+	if string(s.pieces) == string(pieces) {
+		return slices.Contains(s.origins, x) || slices.Contains(s.relays, x)
+	}
+	return slices.ContainsFunc(s.versions, func(v version) bool {
+		return string(v.pieces) == string(pieces) && slices.Contains(v.who, x)
+	})
 }
 
 // met says whether one of two members was told of the other.

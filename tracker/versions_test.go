@@ -76,33 +76,37 @@ var versionTests = []machineTest{
 			4ms   announce b 1 x
 			5ms   status a prefix=4 whole -fetching > l named`},
 	{name: "bad pieces: one says so and brings others, two shut out", lines: `
-			0s    join l whole has=0+1+2+3 > l wait
-			0s    join a can            > a seg0*(l), a seg1*(l)
-			0s    join b can            > b seg0*(a), b seg1*(a)
-			1ms   badpieces a l b nobody a > b seg0(l), b seg1(l), b named, l named
-			2ms   badpieces a l
-			3ms   badpieces b l         > l out, b fetch`},
-	{name: "bad pieces of one that the member was not told of do not count", lines: `
-			0s    join a can            > a fetch
-			0s    join b can            > b wait
-			0s    join l                > l wait
-			1ms   badpieces l a b
-			2ms   badpieces b a`},
+			0s    join l whole          > l wait
+			0s    announce l 0 x
+			0s    join a can            > a seg0*(l)
+			0s    join b can            > b seg0*(a)
+			1ms   badpieces a x l b nobody a > b seg0(l), a fetch, l named
+			2ms   badpieces a x l
+			3ms   badpieces b x l       > l out`},
+	{name: "bad pieces by other hashes, or of one that the member was not told of, do not count", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 0 x
+			0s    join a can            > a seg0*(l)
+			0s    join k                > k seg0*(a)
+			1ms   badpieces a y l
+			1ms   badpieces k x l`},
 	{name: "the word of one that is shut out does not count", lines: `
-			0s    join s whole has=0    > s wait
+			0s    join s whole          > s wait
+			0s    announce s 0 x
 			0s    join l can            > l seg0*(s)
 			0s    join k can            > k seg0*(l)
 			1ms   announce l 7          > l out, k seg0(s), l fetch
-			2ms   badpieces l s
-			3ms   badpieces k s         > s named, k fetch
+			2ms   badpieces l x s
+			3ms   badpieces k x s       > s named, k fetch
 			4ms   bad l`},
 	{name: "nor does what it had said before", lines: `
-			0s    join s whole has=0    > s wait
+			0s    join s whole          > s wait
+			0s    announce s 0 x
 			0s    join l can            > l seg0*(s)
 			0s    join k can            > k seg0*(l)
-			1ms   badpieces l s         > k seg0(s), l fetch, s named
+			1ms   badpieces l x s       > k seg0(s), l fetch, s named
 			2ms   announce l 7          > l out
-			3ms   badpieces k s         > k fetch, s named`},
+			3ms   badpieces k x s       > k fetch, s named`},
 }
 
 func TestVersions(t *testing.T) {

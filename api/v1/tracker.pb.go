@@ -674,13 +674,14 @@ func (x *Bad) GetOwn() bool {
 	return false
 }
 
-// BadPieces names members that sent pieces which do not have their hashes. A member
-// passes on no piece before it has checked it, by the hashes that it has announced or
-// was told itself: so whoever was wrong about them, who sent such a piece did not do
-// as it said. A tracker that does not know this message ignores it.
+// BadPieces names members that sent a piece of a segment which does not have its hash.
+// It counts against those that have announced the segment by these hashes: they sent
+// what they had vouched for. A tracker that does not know this message ignores it.
 type BadPieces struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Peers         []string               `protobuf:"bytes,1,rep,name=peers,proto3" json:"peers,omitempty"` // names of peers that the sender was told of
+	Segment       uint32                 `protobuf:"varint,1,opt,name=segment,proto3" json:"segment,omitempty"`
+	Pieces        []byte                 `protobuf:"bytes,2,opt,name=pieces,proto3" json:"pieces,omitempty"` // the hashes by which it was taken, as in Announce
+	Peers         []string               `protobuf:"bytes,3,rep,name=peers,proto3" json:"peers,omitempty"`   // names of peers that the sender was told of
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -713,6 +714,20 @@ func (x *BadPieces) ProtoReflect() protoreflect.Message {
 // Deprecated: Use BadPieces.ProtoReflect.Descriptor instead.
 func (*BadPieces) Descriptor() ([]byte, []int) {
 	return file_api_v1_tracker_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *BadPieces) GetSegment() uint32 {
+	if x != nil {
+		return x.Segment
+	}
+	return 0
+}
+
+func (x *BadPieces) GetPieces() []byte {
+	if x != nil {
+		return x.Pieces
+	}
+	return nil
 }
 
 func (x *BadPieces) GetPeers() []string {
@@ -1279,9 +1294,11 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\x03Ask\x12\x16\n" +
 	"\x06silent\x18\x01 \x03(\tR\x06silent\"\x17\n" +
 	"\x03Bad\x12\x10\n" +
-	"\x03own\x18\x01 \x01(\bR\x03own\"!\n" +
-	"\tBadPieces\x12\x14\n" +
-	"\x05peers\x18\x01 \x03(\tR\x05peers\"\a\n" +
+	"\x03own\x18\x01 \x01(\bR\x03own\"S\n" +
+	"\tBadPieces\x12\x18\n" +
+	"\asegment\x18\x01 \x01(\rR\asegment\x12\x16\n" +
+	"\x06pieces\x18\x02 \x01(\fR\x06pieces\x12\x14\n" +
+	"\x05peers\x18\x03 \x03(\tR\x05peers\"\a\n" +
 	"\x05Moved\"\x88\x02\n" +
 	"\x0eTrackerMessage\x12(\n" +
 	"\x04wait\x18\x01 \x01(\v2\x12.imagewolf.v1.WaitH\x00R\x04wait\x12+\n" +
