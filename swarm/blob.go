@@ -60,6 +60,7 @@ type Blob struct {
 	limit    int              // of segments under way; guarded by mu
 	segs     map[int]*segment // guarded by mu
 	faces    map[string]*face // guarded by mu; by peer address
+	refuted  map[int][]byte   // guarded by mu; hashes of segments that bytes of the registry did not have
 	acct     sync.Mutex
 	err      error               // guarded by acct
 	bad      []BadSender         // guarded by acct
@@ -100,6 +101,7 @@ func newBlob(s *Swarm, d digest.Digest, size int64, data Data) *Blob {
 		wake:     make(chan struct{}, 1),
 		segs:     map[int]*segment{},
 		faces:    map[string]*face{},
+		refuted:  map[int][]byte{},
 		accounts: map[string]*account{},
 		kicked:   map[string]struct{}{},
 	}
@@ -202,7 +204,8 @@ func (b *Blob) verified(seg int) []byte {
 // other hashes it begins anew, with these peers alone, and keeps the bytes that
 // are present: they are taken to be right by the new hashes, so those that came
 // by others must not be. Of a segment that is whole already nothing is
-// downloaded. Peers whose address cannot be one are left out.
+// downloaded, nor by hashes that bytes which came from elsewhere did not have. Peers
+// whose address cannot be one are left out.
 //
 // Errors: ErrOutOfRange and ErrInvalidArgument for a segment or hashes that
 // cannot be, ErrUnavailable after Close, and whatever Data returned.
@@ -212,6 +215,9 @@ func (b *Blob) Leech(seg int, pieces []byte, peers []string) error {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if bytes.Equal(b.refuted[seg], pieces) {
+		return nil
+	}
 	if s := b.segs[seg]; s != nil && !bytes.Equal(s.pieces, pieces) {
 		b.drop(s)
 	}

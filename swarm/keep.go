@@ -1,6 +1,9 @@
 package swarm
 
 import (
+	"bytes"
+	"crypto/sha1"
+	"io"
 	"maps"
 	"slices"
 	"time"
@@ -225,7 +228,9 @@ func (b *Blob) look(now time.Time) (more bool) {
 			continue
 		}
 		more = true
-		b.refresh(s)
+		if !b.refresh(s) {
+			continue
+		}
 		b.dismiss(s, now)
 		b.rouseIdle(s, now)
 		begun := !s.begun.IsZero()
@@ -290,19 +295,37 @@ func (b *Blob) part(s *segment, now time.Time) (more bool) {
 	return more
 }
 
-// refresh tells the client of pieces that have arrived from elsewhere. b.mu
-// must be held.
-func (b *Blob) refresh(s *segment) {
+// refresh tells the client of pieces that have arrived from elsewhere, and reports
+// whether the segment's torrent is still there: if one does not have its hash, the
+// hashes that this node was told are wrong, or its bytes are, and neither is to go on by
+// the other. b.mu must be held.
+func (b *Blob) refresh(s *segment) bool {
 	for i := range s.t.NumPieces() {
 		p := s.t.Piece(i)
 		if st := p.State(); st.Complete || st.Hashing || st.QueuedForHash || st.Marking {
 			continue
 		}
 		off := s.off + int64(i)*b.layout.PieceSize
-		if b.present(off, min(b.layout.PieceSize, s.off+s.n-off)) {
-			p.UpdateCompletion()
+		n := min(b.layout.PieceSize, s.off+s.n-off)
+		if !b.present(off, n) {
+			continue
 		}
+		h := sha1.New()
+		if _, err := io.Copy(h, io.NewSectionReader(gatedReader{b}, off, n)); err != nil {
+			return true // it is being closed, or whoever reads next says so
+		}
+		if !bytes.Equal(h.Sum(nil), s.pieces[i*sha1.Size:(i+1)*sha1.Size]) {
+			b.swarm.opts.Log.Warn("bytes of the registry do not have the hash that the tracker told", "digest", b.digest, "segment", s.index, "piece", i)
+			b.refuted[s.index] = s.pieces
+			b.drop(s)
+			return false
+		}
+		b.acct.Lock()
+		s.good[i] = struct{}{}
+		b.acct.Unlock()
+		p.UpdateCompletion()
 	}
+	return true
 }
 
 // handIn gives the segment's peers to the client, which connects to those it

@@ -572,39 +572,6 @@ func TestBan(t *testing.T) {
 	}
 }
 
-// Pieces that are here by some hashes are right by others if these say the same.
-func TestClash(t *testing.T) {
-	const pieces = minSegment / minPiece
-	m := newMemory(2 * minSegment)
-	b := newPeer(t).open(t, digest.FromString("x"), m)
-	if err := m.MarkPresent(minSegment+minPiece, minPiece); err != nil { // the second of segment 1
-		t.Fatal(err)
-	}
-	hashes := func(piece int) []byte {
-		h := make([]byte, pieces*20)
-		h[piece*20+19] = 1
-		return h
-	}
-	for _, c := range []struct {
-		name       string
-		seg        int
-		one, other []byte
-		want       bool
-	}{
-		{"nothing is here", 0, hashes(1), hashes(2), false},
-		{"the same", 1, hashes(1), hashes(1), false},
-		{"others of pieces that are not here", 1, hashes(0), hashes(2), false},
-		{"another of the piece that is", 1, hashes(0), hashes(1), true},
-		{"too few", 1, hashes(0), hashes(0)[20:], true},
-		{"no segment", 2, hashes(0), nil, false},
-		{"no segment", -1, nil, hashes(0), false},
-	} {
-		if got := b.Clash(c.seg, c.one, c.other); got != c.want {
-			t.Errorf("%s: %v", c.name, got)
-		}
-	}
-}
-
 // A peer that connects to us is known by its name, once it was dialed.
 func TestNamedPeers(t *testing.T) {
 	data := content(minSegment, 7)

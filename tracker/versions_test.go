@@ -80,9 +80,9 @@ var versionTests = []machineTest{
 			0s    announce l 0 x
 			0s    join a can            > a seg0*(l)
 			0s    join b can            > b seg0*(a)
-			1ms   badpieces a x l b nobody a > b seg0(l), a fetch, l named
+			1ms   badpieces a x l b nobody a > b seg0(l), l named
 			2ms   badpieces a x l
-			3ms   badpieces b x l       > l out`},
+			3ms   badpieces b x l       > l out, b fetch`},
 	{name: "bad pieces by other hashes, or of one that the member was not told of, do not count", lines: `
 			0s    join l whole          > l wait
 			0s    announce l 0 x
