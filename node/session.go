@@ -242,13 +242,12 @@ func (s *session) messages() <-chan *apiv1.TrackerMessage {
 	return s.tracker.Recv()
 }
 
-// join looks for the blob's tracker for at most the decide timeout. Without
+// join looks for the blob's tracker for at most the decide timeout, or for the stall
+// timeout where there is a connection to one, which may be slow to answer. Without
 // one, a client that waits is sent to the registry at once, or, if there was one
 // before, when that has been gone for the stall timeout: all members look for the
 // next at the same moment, and what is on its way comes without one.
 func (s *session) join(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, s.node.cfg.Tracker.DecideTimeout.Duration())
-	defer cancel()
 	self := s.stack.cluster.Self()
 	s.sent = s.status()
 	hello := &apiv1.Hello{

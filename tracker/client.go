@@ -63,7 +63,12 @@ type ClientOptions struct {
 	Dial func(ctx context.Context, addr string) (*grpc.ClientConn, error)
 	// Trackers are the nodes that may be a blob's tracker, best first.
 	Trackers func(d digest.Digest) []Peer
-	Log      *slog.Logger
+	// Reach is how long Join looks for a tracker that can be reached, and Answer
+	// how long one that there is a connection to may take to answer: it lives, and
+	// who does without it goes to the registry beside the fetcher. 0: for as long as
+	// Join's context.
+	Reach, Answer time.Duration
+	Log           *slog.Logger
 	// Contain runs what a goroutine of the client or its Registrar does, and keeps
 	// its panic from ending the process; nil: nothing does.
 	Contain func(f func())
@@ -125,8 +130,8 @@ func (c *Client) open() []*Session {
 }
 
 // Join makes this node a member of the blob that hello names, at its best
-// tracker that answers before ctx ends; ctx does not bound the session. Self
-// and zone are filled in. The error is ErrNoTracker when none answers, or the
+// tracker that answers before ctx ends and within Reach or Answer (see
+// [ClientOptions]); ctx does not bound the session. Self and zone are filled in. The error is ErrNoTracker when none answers, or the
 // refusal of the one that did (as a gRPC status). The caller must Close the
 // session.
 func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
@@ -145,12 +150,20 @@ func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
 	hello.Zone = c.o.Zone
 	trackers := c.inOrder(d)
 	failure := ErrNoTracker
+	reach, cancel := within(ctx, c.o.Reach)
+	defer cancel()
+	answer, cancel := within(ctx, c.o.Answer)
+	defer cancel()
 	var late []Peer // those that there was no connection to in time
 	for i, t := range trackers {
-		if ctx.Err() != nil {
-			break
-		}
 		connected := c.conns.ready(t.Address)
+		ctx := reach
+		if connected {
+			ctx = answer
+		}
+		if ctx.Err() != nil {
+			continue
+		}
 		s, err := c.try(ctx, t, hello, len(trackers)-i-1)
 		if err == nil {
 			for _, l := range late {
@@ -170,6 +183,14 @@ func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
 		}
 	}
 	return nil, fmt.Errorf("join %s: %w", d, failure)
+}
+
+// within bounds ctx by d; 0 does not.
+func within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	if d == 0 {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, d)
 }
 
 // inOrder is the blob's trackers, best first, those that were silent a moment

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -90,6 +91,52 @@ func TestJoinWithoutTracker(t *testing.T) {
 		}
 		if took := time.Since(start); took > 300*time.Millisecond {
 			t.Errorf("that took %v", took)
+		}
+	})
+}
+
+// TestSlowTracker: a tracker that there is a connection to may take longer to answer
+// than one may take to be reached, and not for ever.
+func TestSlowTracker(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		var takes time.Duration
+		slow := n.serve("t0", func(o *ServerOptions) {
+			o.PeerName = func(context.Context) (string, bool) {
+				time.Sleep(takes) // virtual
+				return "", false
+			}
+		})
+		hole := Peer{"t1", "t1"}
+		c := n.client("a", "")
+		c.o.Reach, c.o.Answer = 300*time.Millisecond, time.Second
+		n.join(c, nil).Close() // connects
+		for _, tc := range []struct {
+			name   string
+			order  []Peer
+			takes  time.Duration
+			joined bool
+			after  time.Duration
+		}{
+			{"slow", []Peer{slow.peer, hole}, 900 * time.Millisecond, true, 900 * time.Millisecond},
+			{"slow, and stands in for one that cannot be reached", []Peer{hole, slow.peer}, 700 * time.Millisecond, true, 850 * time.Millisecond},
+			{"hangs", []Peer{slow.peer}, 2 * time.Second, false, time.Second},
+			{"cannot be reached", []Peer{hole}, 0, false, 300 * time.Millisecond},
+		} {
+			time.Sleep(failureMemory)
+			n.setOrder(tc.order...)
+			takes = tc.takes
+			start := time.Now()
+			s, err := c.Join(t.Context(), &api.Hello{Digest: testDigest.String(), Size: testSize})
+			if (err == nil) != tc.joined || err != nil && !errors.Is(err, ErrNoTracker) {
+				t.Errorf("%s: %v", tc.name, err)
+			}
+			if took := time.Since(start); took != tc.after {
+				t.Errorf("%s: took %v, want %v", tc.name, took, tc.after)
+			}
+			if err == nil {
+				s.Close()
+			}
+			synctest.Wait()
 		}
 	})
 }
