@@ -101,7 +101,8 @@ func New(cfg config.Config, log *slog.Logger) (*Node, error) {
 // Run serves containerd until ctx ends. It returns an error only where the
 // node cannot serve its containerd: a store that cannot be opened, a socket
 // that cannot be listened on. Nothing that happens in the cluster ends it. When
-// ctx ends it goes on while a blob is being pulled, for at most 10 seconds.
+// ctx ends it goes on while a blob is being pulled, or others take from here what
+// nobody else has, for at most 10 seconds; and the latter for two more.
 func (n *Node) Run(ctx context.Context) (err error) {
 	l, err := n.listen(n.cfg.Socket)
 	if err != nil {
@@ -125,6 +126,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 			Blobs: differ.Dir(n.cfg.Root), ContainerdSocket: n.cfg.ContainerdSocket, Log: n.log,
 			Panicked: n.counts(partDiffer),
 		}),
+		Needed: n.needed,
 	})
 	g, ctx := errgroup.WithContext(ctx)
 	// Pulls under way have a few seconds to end, and so has what this node does
@@ -132,7 +134,9 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	inCluster, leave := context.WithCancel(context.WithoutCancel(ctx))
 	g.Go(func() error {
 		defer leave()
-		return srv.Serve(ctx, l)
+		err := srv.Serve(ctx, l)
+		linger(n.needed, handOverTime)
+		return err
 	})
 	g.Go(func() error { return n.store.Run(ctx) })
 	g.Go(func() error { n.runStack(inCluster); return nil })

@@ -35,7 +35,7 @@ import (
 const stopGrace = 10 * time.Second
 
 // lull is how long a pull may do nothing between two calls.
-const lull = 200 * time.Millisecond
+const lull = 500 * time.Millisecond
 
 // The calls that are given time to end.
 const (
@@ -54,6 +54,9 @@ type Options struct {
 	Log *slog.Logger
 	// Panicked is called when a handler has panicked; may be nil.
 	Panicked func()
+	// Needed says whether there is something else to be waited for before the server
+	// stops, for as long as for blobs that are being written; may be nil.
+	Needed func() bool
 }
 
 // Server serves the content and diff services. It is safe for concurrent use,
@@ -66,6 +69,7 @@ type Server struct {
 	work    work
 
 	panicked func()
+	needed   func() bool
 }
 
 // work counts the calls that are not to be cut short if it can be helped.
@@ -107,7 +111,10 @@ func (w *work) idle() <-chan struct{} {
 
 // New returns a server. It starts nothing.
 func New(o Options) *Server {
-	s := &Server{store: o.Store, applier: o.Applier, log: o.Log, grace: stopGrace, panicked: o.Panicked}
+	s := &Server{store: o.Store, applier: o.Applier, log: o.Log, grace: stopGrace, panicked: o.Panicked, needed: o.Needed}
+	if s.needed == nil {
+		s.needed = func() bool { return false }
+	}
 	if s.panicked == nil {
 		s.panicked = func() {}
 	}
@@ -118,7 +125,8 @@ func New(o Options) *Server {
 }
 
 // Serve answers calls on l until ctx ends, and closes l. When ctx ends it goes on
-// until no blob is being written or applied, for at most 10 seconds; then streams
+// until no blob is being written or applied and nothing else is needed, for at most
+// 10 seconds; then streams
 // that wait for a blob are let go with Unavailable, and what is left is cancelled
 // a second later. No handler runs any more when Serve returns. The error is nil if
 // ctx ended.
@@ -156,14 +164,17 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	})
 }
 
-// drain returns when nothing is being written or applied, or after the grace.
+// drain returns when nothing is being written or applied and nothing else is needed,
+// or after the grace.
 func (s *Server) drain() {
 	over := time.After(s.grace)
 	for {
 		idle := s.work.idle()
 		select {
 		case <-idle:
-			return
+			if !s.needed() {
+				return
+			}
 		default:
 		}
 		// One layer's end is not the pull's.

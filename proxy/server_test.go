@@ -235,6 +235,35 @@ func TestReaderOfBlobDeletedWhileOpened(t *testing.T) {
 	}
 }
 
+// TestDrain: a server that is to stop goes on for blobs that are being written, and for
+// as long as it is needed for something else, but not for ever.
+func TestDrain(t *testing.T) {
+	for _, c := range []struct {
+		name          string
+		works, needed time.Duration
+		want          time.Duration
+	}{
+		{"nothing to do", 0, 0, 0},
+		{"a call", time.Second, 0, time.Second + lull},
+		{"needed", 0, lull + 1, 2 * lull},
+		{"a call, and needed afterwards", time.Second, 2 * time.Second, 2 * time.Second},
+		{"needed for ever", 0, time.Hour, stopGrace},
+		{"a call for ever", time.Hour, 0, stopGrace},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			began := time.Now()
+			s := New(Options{Needed: func() bool { return time.Since(began) < c.needed }})
+			if c.works > 0 {
+				defer time.AfterFunc(c.works, s.work.begin()).Stop()
+			}
+			s.drain()
+			if took := time.Since(began); took != c.want {
+				t.Errorf("%s: it took %v, want %v", c.name, took, c.want)
+			}
+		})
+	}
+}
+
 type panicStore struct{ content.Store }
 
 func (panicStore) Info(context.Context, digest.Digest) (content.Info, error) { panic("in Info") }

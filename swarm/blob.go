@@ -52,6 +52,7 @@ type Blob struct {
 
 	uploaded, downloaded     atomic.Int64
 	lastActive, lastReceived atomic.Int64 // as sinceStart has it; 0: never
+	offered                  atomic.Int64 // when a segment was last made ready to be asked, as sinceStart has it; 0: never
 
 	// Lock order: mu, the torrent client's own lock, acct. The client calls
 	// back with its lock held, so mu must not be taken in callbacks.
@@ -84,6 +85,7 @@ type segment struct {
 	begun  time.Time        // guarded by blob.mu; when peers were first handed in
 	parted bool             // guarded by blob.mu; whole, and no connection is left that is of no use
 	roused time.Time        // guarded by blob.mu; when connections were roused last
+	read   []atomic.Int64   // bytes that were read of each piece for peers
 	joined atomic.Int64     // when somebody last connected, as sinceStart has it; 0: never
 
 	// guarded by blob.acct: when a chunk last came, who sent chunks of each piece
@@ -150,6 +152,7 @@ func (b *Blob) Offer(ctx context.Context, seg int, pieces []byte) ([]byte, error
 			s.t.Piece(i).UpdateCompletion()
 		}
 	}
+	b.offered.Store(sinceStart(time.Now()))
 	return bytes.Clone(pieces), nil
 }
 
@@ -289,6 +292,7 @@ func (b *Blob) add(seg int, pieces []byte) (*segment, error) {
 		senders: map[int]map[string]struct{}{},
 		good:    map[int]struct{}{},
 		broken:  map[int]struct{}{},
+		read:    make([]atomic.Int64, b.layout.Pieces(seg)),
 	}
 	s.off, s.n = b.layout.Segment(seg)
 	// Known before it is added: from then on peers may speak of it.

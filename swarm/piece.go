@@ -107,6 +107,7 @@ func (p *piece) ReadAt(buf []byte, off int64) (int, error) {
 		clear(buf)
 		return len(buf), nil
 	}
+	p.seg.read[p.index].Add(int64(n))
 	p.seg.sent.Store(sinceStart(time.Now()))
 	b.uploaded.Add(int64(n))
 	b.swarm.opts.Counter.Sent(n)
