@@ -1,6 +1,7 @@
 package node
 
 import (
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,11 +16,10 @@ func TestStoppedFetcherHandsOver(t *testing.T) {
 	nodes := startNodes(t, 3, func(c *config.Config) { c.Swarm.UploadLimit = 4 * mib })
 	held, released := make(chan struct{}), make(chan struct{})
 	first := make(chan error, 1)
+	hold := sync.OnceFunc(func() { close(held) })
 	r.gate = func(off int64) {
-		if off == mib {
-			close(held)
-		}
 		if off >= mib {
+			hold()
 			<-released
 		}
 	}
