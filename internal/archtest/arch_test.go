@@ -175,11 +175,14 @@ func TestEveryPackageSaysOnceWhatItIsFor(t *testing.T) {
 
 func TestNothingIsTooLong(t *testing.T) {
 	for _, s := range sources(t) {
-		if s.test || s.generated {
+		if s.generated {
 			continue
 		}
 		if s.lines > maxFile {
 			t.Errorf("%s has %d lines, at most %d", s.path, s.lines, maxFile)
+		}
+		if s.test {
+			continue // a table of cases may be long
 		}
 		for _, d := range s.file.Decls {
 			f, ok := d.(*ast.FuncDecl)

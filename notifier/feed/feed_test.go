@@ -3,7 +3,6 @@ package feed
 import (
 	"bytes"
 	"context"
-	"encoding/base64"
 	"encoding/xml"
 	"errors"
 	"fmt"
@@ -666,75 +665,3 @@ func TestEventsOfAFeedAreChecked(t *testing.T) {
 		}
 	})
 }
-
-func TestPollerTrustsItsCAOnly(t *testing.T) {
-	origin := newNotifier(t, 100)
-	origin.put(push("a"))
-	server := httptest.NewTLSServer(origin.server)
-	defer server.Close()
-	ca := filepath.Join(t.TempDir(), "ca.pem")
-	pem := "-----BEGIN CERTIFICATE-----\n" + base64Lines(server.Certificate().Raw) + "-----END CERTIFICATE-----\n"
-	if err := os.WriteFile(ca, []byte(pem), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	c := config.Poll{URL: server.URL + "/feed/atom", Token: token, CAFile: ca}
-	p, err := NewPoller("x", c, nil, PollerOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.client.CloseIdleConnections()
-	if doc, _, err := p.ask(t.Context(), nil); err != nil || !bytes.Contains(doc, []byte("r.example:5000/a:1.4")) {
-		t.Errorf("%s, %v", doc, err)
-	}
-	c.CAFile = ""
-	q, err := NewPoller("x", c, nil, PollerOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer q.client.CloseIdleConnections()
-	if _, _, err := q.ask(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "certificate") {
-		t.Errorf("got %v", err)
-	}
-	c.CAFile = filepath.Join(t.TempDir(), "none")
-	if _, err := NewPoller("x", c, nil, PollerOptions{}); err == nil || !strings.HasPrefix(err.Error(), ".ca_file: ") {
-		t.Errorf("got %v", err)
-	}
-}
-
-func FuzzRead(f *testing.F) {
-	page := queue.Page{ID: "abc", First: 1, Last: 2, Changed: time.Unix(1, 0), Events: []queue.Recorded{
-		{Sequence: 1, Event: push("a"), Taken: time.Unix(1, 0)}, {Sequence: 2, Event: push("b"), Taken: time.Unix(2, 0)},
-	}}
-	for _, write := range []func(document) ([]byte, error){document.atom, document.rss} {
-		doc, err := write(newDocument(httptest.NewRequest(http.MethodGet, "/feed/atom", nil), page))
-		if err != nil {
-			f.Fatal(err)
-		}
-		f.Add(doc)
-	}
-	f.Add([]byte(`{"version":"https://jsonfeed.org/version/1","items":[{}]}`))
-	f.Add([]byte(`<rss version="2.0"><channel><item></channel>`))
-	f.Fuzz(func(t *testing.T, doc []byte) {
-		p, err := read(doc)
-		if err != nil {
-			return
-		}
-		if p.id == "" || len(p.id) > 64 {
-			t.Errorf("id %q", p.id)
-		}
-		before := uint64(0)
-		for _, e := range p.entries {
-			if e.sequence <= before || e.sequence > p.last {
-				t.Errorf("entry %d after %d, of %d", e.sequence, before, p.last)
-			}
-			before = e.sequence
-			for _, c := range event.Check(e.event).Events {
-				if again := event.Check(c); len(again.Events) != 1 || again.Events[0] != c {
-					t.Errorf("%+v becomes %+v", c, again)
-				}
-			}
-		}
-	})
-}
-
-func base64Lines(der []byte) string { return base64.StdEncoding.EncodeToString(der) + "\n" }
