@@ -60,6 +60,7 @@ type member struct {
 	mending bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones
 	proven  bool          // another has had a segment from it
 	idle    bool          // it was named for not fetching
+	vain    bool          // its zone waited for it, while it said that it gets bytes, for as long as it may; until it has a segment more
 	tells   int           // times it was told in vain
 	sent    bool          // it was told to fetch, and has not thrown away what it brought
 	slow    time.Time     // since when it is known to be a slow fetcher; zero if it is not

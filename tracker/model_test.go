@@ -51,6 +51,7 @@ type model struct {
 	far     time.Duration   // latency between zones
 	line    float64         // bytes/s of each zone's line to the others, each way
 	says    bool            // members say that they get bytes, as they do where blobs or zones share lines
+	boaster int             // a member that reaches nobody, and says that it gets bytes; 0: none
 	deaths  int             // members that die on the way
 	dies    func(v *model) int
 	blocked func(v *model, a, b int) bool // they cannot connect; nil: all can
@@ -137,6 +138,10 @@ func (v *model) run() error {
 		Members: func() int { return len(v.nodes) },
 	})
 	v.living = v.members
+	if v.boaster > 0 {
+		v.living--
+		v.blocked = func(v *model, a, b int) bool { return a == v.boaster || b == v.boaster }
+	}
 	for i := range v.nodes {
 		n := &v.nodes[i]
 		n.name = fmt.Sprintf("node-%05d.cluster.local", i)
@@ -270,7 +275,7 @@ func (v *model) say(i int, msg *api.MemberMessage) {
 func (v *model) state(n *modelNode) *api.Status {
 	whole := n.present == v.size
 	st := &api.Status{Present: n.present, Whole: whole, CanFetch: !whole && !n.fetch, Fetching: n.fetch && !whole}
-	st.Busy = v.says && n.bytes > 0 && !whole && v.now-n.bytes < modelBusy
+	st.Busy = v.says && n.bytes > 0 && !whole && v.now-n.bytes < modelBusy || v.boaster > 0 && n == &v.nodes[v.boaster]
 	if n.fetch || whole {
 		st.Prefix = n.present
 	}

@@ -98,7 +98,7 @@ func (m *Machine) hold(now time.Time, i int, x *member) bool {
 	s.withdraw(x)
 	x.has[i], x.knows[i], x.given[i] = true, true, nil
 	x.held++
-	x.heard, m.progressed = now, now
+	x.heard, x.vain, m.progressed = now, false, now
 	if !first {
 		if m.isHop(i, x) {
 			m.keepPace(now.Sub(s.hopAt))

@@ -138,19 +138,24 @@ func (m *Machine) supplies(i int, zone string) bool {
 // entry gets bytes, as long as a fetcher is waited for that does: then the line into the
 // zone is full, of what the zone waits for, and the same bytes once more would fill it
 // for longer. An entry waits half as long, for its one address in another zone: if that
-// is of no use, it is to find out before the rest of its zone does.
+// is of no use, it is to find out before the rest of its zone does. One that was waited
+// for in vain so long is not again before it has a segment more: what it says may be of
+// other blobs, or a lie.
 func (m *Machine) comes(now time.Time, i int, x *member, still time.Duration) bool {
 	e := m.segs[i].entries[x.zone]
 	if len(m.zones) < 2 || !m.supplies(i, x.zone) {
 		return false
 	}
-	full := e != nil && e.works(now, m.stall)
+	full := e != nil && !e.vain && e.works(now, m.stall)
 	patience := 2 * max(nudgeAfter, m.pace)
 	if full {
 		patience = max(2*patience, m.most(busyStalls*m.stall))
 	}
 	if e == x {
 		return full && knowsFar(i, x) && still < patience/2
+	}
+	if full && still >= patience {
+		e.vain = true
 	}
 	return still < patience
 }

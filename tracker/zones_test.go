@@ -110,6 +110,19 @@ func TestZonesOverSlowLines(t *testing.T) {
 	}
 }
 
+// A member that says that it gets bytes, and connects to nobody, holds its zone up once.
+func TestZoneWaitsInVainOnce(t *testing.T) {
+	v := newModel(12, 128*mib, 1000)
+	v.zones, v.says, v.boaster = 3, true, 4
+	v.far, v.line = 10*time.Millisecond, v.rate
+	if err := v.run(); err != nil {
+		t.Fatal(err)
+	}
+	if v.now > 30*time.Second { // 20 s of it until its zone has had enough
+		t.Errorf("the last was done after %v", v.now)
+	}
+}
+
 // entryAtWork is a member on which the rest of its zone waits.
 func entryAtWork(v *model) int {
 	for i := range v.m.segs {
@@ -181,11 +194,24 @@ func TestZoneWaitsForItsEntry(t *testing.T) {
 		{entry, 0, busyStalls * testStall / 2, false},
 		{entry, testStall, 0, false},
 	} {
+		entry.vain = false
 		if got := m.comes(entry.busyAt.Add(c.heard), 0, c.x, c.still); got != c.want {
 			t.Errorf("%s, after %v without a byte, the entry heard %v ago: waits is %v", c.x.name, c.still, c.heard, got)
 		}
 	}
-	entry.given[0] = nil
+	m.comes(entry.busyAt, 0, other, busyStalls*testStall)
+	for _, c := range []struct {
+		x    *member
+		want bool
+	}{{entry, false}, {other, true}} {
+		if got := m.comes(entry.busyAt, 0, c.x, time.Second); got != c.want {
+			t.Errorf("waited for in vain: %s waits is %v", c.x.name, got)
+		}
+	}
+	if m.comes(entry.busyAt, 0, other, 2*time.Second) {
+		t.Error("an entry that was waited for in vain is again")
+	}
+	entry.vain, entry.given[0] = false, nil
 	if m.comes(entry.busyAt, 0, entry, 0) {
 		t.Error("an entry without an address in another zone waits for itself")
 	}
