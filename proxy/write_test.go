@@ -42,7 +42,7 @@ func (w *filling) Wait(ctx context.Context) error {
 	return err
 }
 
-func (w *filling) WriteOwned(p []byte, free func()) (int, error) {
+func (w *filling) WriteOwned(p []byte, _ func()) (int, error) {
 	w.owned++
 	return w.Write(p)
 }
