@@ -141,7 +141,7 @@ func (m *Machine) fill(now time.Time) {
 func (m *Machine) reach(x *member) int64 {
 	var end int64
 	for i := range m.segs {
-		if m.segs[i].holders() == 0 || m.tainted(i, x) {
+		if m.segs[i].holders() == 0 || m.barred(i, x) {
 			break
 		}
 		end = m.segmentEnd(i)
@@ -150,14 +150,14 @@ func (m *Machine) reach(x *member) int64 {
 }
 
 // tainting says whether somebody waits for a segment that is there only under
-// hashes it has found wrong.
+// hashes it has found wrong, or with members that sent it bad pieces.
 func (m *Machine) tainting() bool {
-	if len(m.bad) == 0 {
+	if len(m.bad) == 0 && len(m.spoilt) == 0 {
 		return false
 	}
 	for _, x := range m.list {
 		for i := range m.segs {
-			if x.starves(m.size) && !x.has[i] && m.tainted(i, x) {
+			if x.starves(m.size) && !x.has[i] && m.barred(i, x) {
 				return true
 			}
 		}

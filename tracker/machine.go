@@ -183,7 +183,8 @@ type Machine struct {
 	bad        map[string][]string // author of wrong piece hashes -> names of those that reported them
 	outcasts   bool                // there is or was an outcast
 	mute       map[string][]string // member that announced and sent nothing -> names of those that waited for it
-	badPairs   int                 // entries of bad and mute
+	spoilt     map[string][]string // member that sent pieces without their hashes -> names of those that got them
+	badPairs   int                 // entries of bad, mute and spoilt
 	expelled   map[string]bool     // members that did what no honest one does, by name
 	contested  bool                // segments were announced by different hashes
 	mismatches int
@@ -208,6 +209,7 @@ func NewMachine(d digest.Digest, size int64, o MachineOptions) *Machine {
 		zones:     map[string][]*member{},
 		bad:       map[string][]string{},
 		mute:      map[string][]string{},
+		spoilt:    map[string][]string{},
 		expelled:  map[string]bool{},
 		movers:    map[string]bool{},
 	}
@@ -589,14 +591,14 @@ func (m *Machine) owes(now time.Time, y, x *member) bool {
 
 // banned says whether a node is banned for everyone.
 func (m *Machine) banned(name string) bool {
-	return len(m.bad[name]) >= 2 || len(m.mute[name]) >= 2 || m.expelled[name]
+	return len(m.bad[name]) >= 2 || len(m.mute[name]) >= 2 || len(m.spoilt[name]) >= 2 || m.expelled[name]
 }
 
 // castOut bans a member for everyone; the caller sorts it. What it alone has said of
 // others is forgotten.
 func (m *Machine) castOut(x *member, reason string) {
 	x.banned, m.outcasts = true, true
-	for _, said := range []map[string][]string{m.bad, m.mute} {
+	for _, said := range []map[string][]string{m.bad, m.mute, m.spoilt} {
 		for name, by := range said {
 			if len(by) == 1 && by[0] == x.name {
 				delete(said, name)
@@ -620,7 +622,8 @@ func (m *Machine) tainted(i int, x *member) bool {
 
 // shuns says whether a has reported b as bad.
 func (m *Machine) shuns(a, b *member) bool {
-	return len(m.bad) > 0 && slices.Contains(m.bad[b.name], a.name)
+	return len(m.bad) > 0 && slices.Contains(m.bad[b.name], a.name) ||
+		len(m.spoilt) > 0 && slices.Contains(m.spoilt[b.name], a.name)
 }
 
 func checkHello(h *api.Hello) error {

@@ -40,14 +40,14 @@ type version struct {
 
 // contests says whether x, which announces other hashes than the segment's, is kept
 // from being believed: of two that contradict each other the first is. But not by one
-// that has found out that its author was wrong, nor rather than the one that this
-// tracker sent to the registry, as long as nobody has had the segment by the first
-// hashes, which may be anybody's.
+// that has found out that its author was wrong or its holders send bad pieces, nor
+// rather than the one that this tracker sent to the registry, as long as nobody has had
+// the segment by the first hashes, which may be anybody's.
 func (m *Machine) contests(i int, x *member) bool {
 	s := &m.segs[i]
 	sent := func(o *member) bool { return o.sent }
 	overrules := x.sent && len(s.relays) == 0 && !slices.ContainsFunc(s.origins, sent)
-	return s.holders() > 0 && !m.tainted(i, x) && !overrules
+	return s.holders() > 0 && !m.barred(i, x) && !overrules
 }
 
 // keep notes that x announced a segment by other hashes than the current ones.
@@ -184,9 +184,73 @@ func (m *Machine) accuse(now time.Time, x *member, bad *api.BadPieces) {
 	for _, name := range names[:min(len(names), maxGiven)] {
 		y := m.members[name]
 		if y != nil && y != x && met(x, y) && m.segs[i].vouches(y, bad.GetPieces()) {
-			m.blame(now, x, name, wrongPieces)
+			m.spoils(now, x, y)
 		}
 	}
+}
+
+// spoils counts the word of x that y sent it bad pieces: x takes nothing of y any more,
+// and on a second one's word nobody does. What y announced stays, where others hold it:
+// the hashes may be right, and those that took pieces by them checked them.
+func (m *Machine) spoils(now time.Time, x, y *member) {
+	by := m.spoilt[y.name]
+	if x.banned || y.banned || slices.Contains(by, x.name) || m.badPairs >= maxBad {
+		return
+	}
+	m.badPairs++
+	m.spoilt[y.name] = append(by, x.name)
+	if !m.banned(y.name) {
+		m.name(y.name, wrongPieces+", says one")
+		m.part(now, x, y)
+		return
+	}
+	m.castOut(y, wrongPieces)
+	m.sort(now, y)
+	m.unhold(now, y)
+	m.bequeath(y)
+	m.disown(now, y)
+}
+
+// bequeath makes others the authors of what x, which holds nothing any more, was the
+// author of, rather such as do not have it from the swarm. What nobody else holds is
+// forgotten.
+func (m *Machine) bequeath(x *member) {
+	for i := range m.segs {
+		s := &m.segs[i]
+		for k := range s.versions {
+			if v := &s.versions[k]; v.author == x.name {
+				v.author = v.who[0].name
+			}
+		}
+		switch {
+		case s.author != x.name:
+		case len(s.origins) > 0:
+			s.author = s.origins[0].name
+		case len(s.relays) > 0:
+			s.author = s.relays[0].name
+		default:
+			m.reset(i)
+		}
+	}
+}
+
+// barred says whether x can take segment i from none of those that hold it, nor from one
+// that is to have it from them: by its hashes it is not to have it, or all of them have
+// sent it bad pieces.
+func (m *Machine) barred(i int, x *member) bool {
+	if m.tainted(i, x) {
+		return true
+	}
+	s := &m.segs[i]
+	if len(m.spoilt) == 0 || s.holders() == 0 {
+		return false
+	}
+	takes := func(y *member) bool { return !m.shuns(x, y) }
+	if slices.ContainsFunc(s.origins, takes) || slices.ContainsFunc(s.relays, takes) {
+		return false
+	}
+	hop := m.workingHop(i)
+	return hop == nil || hop == x || m.shuns(x, hop)
 }
 
 // vouches says whether x holds the segment by those hashes.

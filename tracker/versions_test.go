@@ -80,7 +80,7 @@ var versionTests = []machineTest{
 			0s    announce l 0 x
 			0s    join a can            > a seg0*(l)
 			0s    join b can            > b seg0*(a)
-			1ms   badpieces a x l b nobody a > b seg0(l), l named
+			1ms   badpieces a x l b nobody a > a seg0(b), b seg0(l), l named
 			2ms   badpieces a x l
 			3ms   badpieces b x l       > l out, b fetch`},
 	{name: "bad pieces by other hashes, or of one that the member was not told of, do not count", lines: `
@@ -104,9 +104,40 @@ var versionTests = []machineTest{
 			0s    announce s 0 x
 			0s    join l can            > l seg0*(s)
 			0s    join k can            > k seg0*(l)
-			1ms   badpieces l x s       > k seg0(s), l fetch, s named
-			2ms   announce l 7          > l out
+			1ms   badpieces l x s       > k seg0(s), l seg0(k), s named
+			2ms   announce l 7          > l out, l fetch
 			3ms   badpieces k x s       > k fetch, s named`},
+	{name: "bad pieces: what another holds stays, and nobody is sent to the registry", lines: `
+			0s    join s whole          > s wait
+			0s    announce s 0 x
+			0s    announce s 1 x
+			0s    announce s 2 x
+			0s    announce s 3 x
+			0s    join t whole          > t wait
+			0s    announce t 0 x
+			0s    announce t 1 x
+			0s    announce t 2 x
+			0s    announce t 3 x
+			0s    join a can            > a seg0*(s), a seg1*(s), a seg0(t), a seg1(t)
+			0s    join b can            > b seg0*(a), b seg1*(a)
+			1s    announce a 0 x        > a seg2*(b), a seg3*(b), a seg2(t), a seg3(t), b seg2*(s), b seg3*(s)
+			1s    announce b 0 x
+			1s    status a prefix=1
+			1s    status b prefix=1
+			1.1s  badpieces a x s       > a seg1(b), s named
+			1.2s  badpieces b x s       > b seg2(a), b seg3(a), s out
+			1.5s  status a prefix=1 present=2
+			1.5s  status b prefix=1 present=2
+			2s    status a prefix=1 present=3
+			2s    status b prefix=1 present=3
+			2.5s  tick
+			3.5s  join c can            > c seg0*(a+b+t), c seg1*(a+b), c seg2*(a+b), c seg3*(a+b)
+			4s    bad c                 > c fetch, t named`},
+	{name: "bad pieces of one who has all, with nobody else to take it: who says so fetches", lines: `
+			0s    join s whole          > s wait
+			0s    announce s 0 x
+			0s    join a can            > a seg0*(s)
+			1ms   badpieces a x s       > a fetch, s named`},
 }
 
 func TestVersions(t *testing.T) {
