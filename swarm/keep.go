@@ -53,7 +53,8 @@ func (b *Blob) refuses(peer string, now time.Time) bool {
 	return a != nil && (a.banned || now.Before(a.until))
 }
 
-// BadSender is a peer that sent all of a piece which does not have its hash.
+// BadSender is a peer that sent all of a piece which does not have its hash: nothing of it
+// was here from elsewhere.
 type BadSender struct {
 	Peer    string // named as in Stats
 	Segment int
@@ -137,9 +138,12 @@ func (s *segment) unread(piece int) {
 // client finds out and bans who had sent something else, or it is bad, and the
 // one is banned. Pieces in which they were mixed before one was left out say
 // nothing new, and there may be dozens of them. If one is banned already, it is
-// the one, and the others are innocent.
+// the one, and the others are innocent. If some of the piece was here from elsewhere,
+// that may be what is wrong, or the hashes may be: nobody is to blame, and who sent the
+// rest is left out for a while, so that it is not sent over and over.
 func (s *segment) failed(piece int, now time.Time) {
 	b := s.blob
+	mixed := s.begunElsewhere(piece)
 	b.acct.Lock()
 	defer b.acct.Unlock()
 	from := slices.Collect(maps.Keys(s.senders[piece]))
@@ -158,6 +162,11 @@ func (s *segment) failed(piece int, now time.Time) {
 	}
 	for _, p := range from {
 		a := b.account(p)
+		if mixed {
+			a.until = now.Add(isolation)
+			b.kicked[p] = struct{}{}
+			continue
+		}
 		if len(from) > 1 && stale {
 			continue
 		}
@@ -179,8 +188,23 @@ func (s *segment) failed(piece int, now time.Time) {
 		}
 		b.kicked[p] = struct{}{}
 	}
-	b.swarm.opts.Log.Warn("piece from peers was bad", "digest", b.digest, "segment", s.index, "piece", piece, "peers", from)
+	b.swarm.opts.Log.Warn("piece from peers was bad", "digest", b.digest, "segment", s.index, "piece", piece, "peers", from, "partly_own", mixed)
 	b.poke()
+}
+
+// begunElsewhere reports whether bytes of a piece that is not complete are here: they
+// came from the registry, up to or from somewhere in the piece. It looks at the ends of
+// chunks, beyond which such bytes cannot lie.
+func (s *segment) begunElsewhere(piece int) bool {
+	b := s.blob
+	off := s.off + int64(piece)*b.layout.PieceSize
+	end := min(off+b.layout.PieceSize, s.off+s.n)
+	for chunk := int64(b.layout.ChunkSize()); off < end; off += chunk {
+		if b.present(off, 1) || b.present(min(off+chunk, end)-1, 1) {
+			return true
+		}
+	}
+	return false
 }
 
 // keep hands the peers of incomplete segments in again, for the client forgets

@@ -9,9 +9,9 @@ import (
 // A piece that was bad is the fault of whoever is known to send bad ones; those
 // whose chunks were mixed with his are left alone.
 func TestWhoIsToBlame(t *testing.T) {
-	b := newBlob(&Swarm{opts: Options{Log: slog.New(slog.DiscardHandler), Counter: noCounter{}}}, "sha256:x", 4<<20, nil)
+	b := newBlob(&Swarm{opts: Options{Log: slog.New(slog.DiscardHandler), Counter: noCounter{}}}, "sha256:x", 4<<20, newMemory(4<<20))
 	defer b.cancel()
-	s := &segment{blob: b, senders: map[int]map[string]struct{}{}, good: map[int]struct{}{}, broken: map[int]struct{}{}}
+	s := &segment{blob: b, n: 4 << 20, senders: map[int]map[string]struct{}{}, good: map[int]struct{}{}, broken: map[int]struct{}{}}
 	now := time.Now()
 	bad := func(piece int, from ...string) {
 		s.senders[piece] = map[string]struct{}{}
@@ -37,6 +37,38 @@ func TestWhoIsToBlame(t *testing.T) {
 	}
 	if later := now.Add(isolation); b.refuses("a", later) || b.refuses("b", later) {
 		t.Error("left out for longer than it takes to find out")
+	}
+}
+
+// Nobody is to blame for a piece of which some was here from elsewhere: that may be what
+// is wrong.
+func TestOwnBytesAreNobodysFault(t *testing.T) {
+	const size = 4 << 20
+	mine := newMemory(size)
+	b := newBlob(&Swarm{opts: Options{Log: slog.New(slog.DiscardHandler), Counter: noCounter{}}}, "sha256:x", size, mine)
+	defer b.cancel()
+	s := &segment{blob: b, n: size, senders: map[int]map[string]struct{}{}, good: map[int]struct{}{}, broken: map[int]struct{}{}}
+	own := int(b.layout.PieceSize)
+	mine.fill(make([]byte, size), own, minChunk)            // the first of piece 1
+	mine.fill(make([]byte, size), 3*own-minChunk, minChunk) // the last of piece 2
+	now := time.Now()
+	for _, piece := range []int{1, 2} {
+		for range 2 * maxBad {
+			s.senders[piece] = map[string]struct{}{"honest": {}}
+			s.failed(piece, now)
+		}
+		if !b.refuses("honest", now) {
+			t.Errorf("piece %d: is asked for it again at once", piece)
+		}
+		if bad := b.BadSenders(0); len(bad) > 0 || b.refuses("honest", now.Add(isolation)) {
+			t.Errorf("piece %d: shut out for what was here before; named: %v", piece, bad)
+		}
+		now = now.Add(isolation)
+	}
+	s.senders[3] = map[string]struct{}{"liar": {}}
+	s.failed(3, now)
+	if bad := b.BadSenders(0); len(bad) != 1 || bad[0].Peer != "liar" {
+		t.Errorf("of a piece that came from one alone: %v", bad)
 	}
 }
 
