@@ -89,11 +89,12 @@ type segment struct {
 	joined atomic.Int64     // when somebody last connected, as sinceStart has it; 0: never
 
 	// guarded by blob.acct: when a chunk last came, who sent chunks of each piece
-	// that is not checked yet, which pieces were checked and good, and which
-	// could not be read.
+	// that is not checked yet, which pieces were checked and good, which of these
+	// came from peers, and which could not be read.
 	moved   time.Time
 	senders map[int]map[string]struct{}
 	good    map[int]struct{}
+	came    map[int]struct{}
 	broken  map[int]struct{}
 }
 
@@ -291,6 +292,7 @@ func (b *Blob) add(seg int, pieces []byte) (*segment, error) {
 		blob: b, index: seg, pieces: pieces, hash: metainfo.HashBytes(info),
 		senders: map[int]map[string]struct{}{},
 		good:    map[int]struct{}{},
+		came:    map[int]struct{}{},
 		broken:  map[int]struct{}{},
 		read:    make([]atomic.Int64, b.layout.Pieces(seg)),
 	}

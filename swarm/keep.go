@@ -113,7 +113,7 @@ func (s *segment) passed(piece int) {
 	b := s.blob
 	b.acct.Lock()
 	defer b.acct.Unlock()
-	s.good[piece] = struct{}{}
+	s.good[piece], s.came[piece] = struct{}{}, struct{}{}
 	for p := range s.senders[piece] {
 		b.account(p).good++
 	}

@@ -46,7 +46,7 @@ func (b *Blob) needed(now time.Time) bool {
 // held.
 func (s *segment) elsewhere() bool {
 	s.blob.acct.Lock()
-	from := len(s.good)
+	from := len(s.came)
 	s.blob.acct.Unlock()
 	if from == len(s.read) {
 		return true

@@ -51,3 +51,20 @@ func TestNeeded(t *testing.T) {
 	}
 	check("who has it from another", leecher, time.Now(), false)
 }
+
+// TestNeededForTheRegistrysBytes: what a leecher has got from the registry, while it was
+// told to take it from others, is only here.
+func TestNeededForTheRegistrysBytes(t *testing.T) {
+	data, _, leecher, from, to, mine := pair(t, minSegment)
+	if err := to.Leech(0, offerAll(t, from)[0], []string{"127.0.0.1:1"}); err != nil {
+		t.Fatal(err)
+	}
+	mine.fill(data, 0, minSegment)
+	eventually(t, "the segment is whole", func() bool { return to.Ready(0) })
+	if _, err := to.Offer(t.Context(), 0, nil); err != nil {
+		t.Fatal(err)
+	}
+	if last := atStart(to.offered.Load()); !leecher.Needed(last.Add(interest - 1)) {
+		t.Error("what it alone has from the registry is not needed")
+	}
+}
