@@ -230,6 +230,7 @@ func (b *Blob) keep() {
 // look does what is to be done now, and reports whether there will be more:
 // a segment is incomplete, or has connections that may be of no more use.
 func (b *Blob) look(now time.Time) (more bool) {
+	b.refresh()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
@@ -252,9 +253,6 @@ func (b *Blob) look(now time.Time) (more bool) {
 			continue
 		}
 		more = true
-		if !b.refresh(s) {
-			continue
-		}
 		b.dismiss(s, now)
 		b.rouseIdle(s, now)
 		begun := !s.begun.IsZero()
@@ -319,37 +317,86 @@ func (b *Blob) part(s *segment, now time.Time) (more bool) {
 	return more
 }
 
-// refresh tells the client of pieces that have arrived from elsewhere, and reports
-// whether the segment's torrent is still there: if one does not have its hash, the
-// hashes that this node was told are wrong, or its bytes are, and neither is to go on by
-// the other. b.mu must be held.
-func (b *Blob) refresh(s *segment) bool {
-	for i := range s.t.NumPieces() {
-		p := s.t.Piece(i)
-		if st := p.State(); st.Complete || st.Hashing || st.QueuedForHash || st.Marking {
-			continue
-		}
-		off := s.off + int64(i)*b.layout.PieceSize
-		n := min(b.layout.PieceSize, s.off+s.n-off)
-		if !b.present(off, n) {
-			continue
-		}
-		h := sha1.New()
-		if _, err := io.Copy(h, io.NewSectionReader(gatedReader{b}, off, n)); err != nil {
-			return true // it is being closed, or whoever reads next says so
-		}
-		if !bytes.Equal(h.Sum(nil), s.pieces[i*sha1.Size:(i+1)*sha1.Size]) {
-			b.swarm.opts.Log.Warn("bytes of the registry do not have the hash that the tracker told", "digest", b.digest, "segment", s.index, "piece", i)
-			b.refuted[s.index] = s.pieces
-			b.drop(s)
-			return false
-		}
-		b.acct.Lock()
-		s.good[i] = struct{}{}
-		b.acct.Unlock()
-		p.UpdateCompletion()
+// refresh tells the client of pieces that have arrived from elsewhere, and drops a
+// segment's torrent if one does not have its hash: the hashes that this node was told are
+// wrong, or its bytes are, and neither is to go on by the other. Reading and hashing may
+// take long, so b.mu is not held meanwhile.
+func (b *Blob) refresh() {
+	type arrival struct {
+		s     *segment
+		piece int
 	}
-	return true
+	var arrived []arrival
+	b.mu.Lock()
+	if !b.closed && b.Err() == nil {
+		for _, i := range slices.Sorted(maps.Keys(b.segs)) {
+			for _, piece := range b.arrived(b.segs[i]) {
+				arrived = append(arrived, arrival{b.segs[i], piece})
+			}
+		}
+	}
+	b.mu.Unlock()
+	var wrong *segment
+	for _, a := range arrived {
+		if a.s == wrong {
+			continue
+		}
+		right, err := b.right(a.s, a.piece)
+		if err != nil {
+			return // it is being closed, or whoever reads next says so
+		}
+		if !right {
+			wrong = a.s
+		}
+		b.mu.Lock()
+		if b.segs[a.s.index] == a.s { // nobody has dropped it meanwhile
+			b.settle(a.s, a.piece, right)
+		}
+		b.mu.Unlock()
+	}
+}
+
+// arrived returns the pieces of a segment that are here and that the client does not know
+// of. b.mu must be held.
+func (b *Blob) arrived(s *segment) (pieces []int) {
+	if s.t.Complete().Bool() {
+		return nil
+	}
+	for i := range s.t.NumPieces() {
+		if st := s.t.Piece(i).State(); st.Complete || st.Hashing || st.QueuedForHash || st.Marking {
+			continue
+		}
+		if off := int64(i) * b.layout.PieceSize; b.present(s.off+off, min(b.layout.PieceSize, s.n-off)) {
+			pieces = append(pieces, i)
+		}
+	}
+	return pieces
+}
+
+// right reports whether a piece that is here has its hash. b.mu need not be held.
+func (b *Blob) right(s *segment, piece int) (bool, error) {
+	off := int64(piece) * b.layout.PieceSize
+	buf := getBuffer()
+	defer putBuffer(buf)
+	h := sha1.New()
+	src := io.NewSectionReader(gatedReader{b}, s.off+off, min(b.layout.PieceSize, s.n-off))
+	_, err := io.CopyBuffer(struct{ io.Writer }{h}, struct{ io.Reader }{src}, *buf)
+	return bytes.Equal(h.Sum(nil), s.pieces[piece*sha1.Size:(piece+1)*sha1.Size]), err
+}
+
+// settle tells the client of a piece that has arrived, or drops the torrent if the piece
+// is not right. b.mu must be held, and the torrent be there.
+func (b *Blob) settle(s *segment, piece int, right bool) {
+	if !right {
+		b.swarm.opts.Log.Warn("bytes of the registry do not have the hash that the tracker told", "digest", b.digest, "segment", s.index, "piece", piece)
+		b.refuted[s.index] = s.pieces
+		b.drop(s)
+		return
+	}
+	b.acct.Lock()
+	s.good[piece] = struct{}{}
+	b.acct.Unlock()
+	s.t.Piece(piece).UpdateCompletion()
 }
 
 // handIn gives the segment's peers to the client, which connects to those it

@@ -85,11 +85,50 @@ func TestLastPieceFromElsewhere(t *testing.T) {
 	to.mu.Lock()
 	s := to.segs[0]
 	sink.fill(data, 0, len(data))
-	to.refresh(s)
+	for _, piece := range to.arrived(s) {
+		to.settle(s, piece, true)
+	}
 	whole, connected := s.t.Complete().Bool(), len(s.t.PeerConns())
 	to.mu.Unlock()
 	if !whole || connected == 0 {
 		t.Errorf("whole: %v, and %d connected", whole, connected)
 	}
 	eventually(t, "the peers have parted", func() bool { return len(s.t.PeerConns()) == 0 })
+}
+
+// Nobody waits for a blob while pieces that came from the registry are read and hashed.
+func TestHashingHoldsNothingUp(t *testing.T) {
+	const size = 2 * minSegment
+	data, _, _, from, to, mine := pair(t, size)
+	pieces := offerAll(t, from)
+	reads, goOn := make(chan struct{}, 1), make(chan struct{})
+	mine.mu.Lock()
+	mine.reading = func() error {
+		select {
+		case reads <- struct{}{}:
+		default:
+		}
+		<-goOn
+		return nil
+	}
+	mine.mu.Unlock()
+	if err := to.Leech(0, pieces[0], []string{"127.0.0.1:1"}); err != nil {
+		t.Fatal(err)
+	}
+	mine.fill(data, 0, minSegment)
+	<-reads
+	asked := make(chan error)
+	go func() { asked <- to.Leech(1, pieces[1], []string{"127.0.0.1:1"}) }()
+	select {
+	case err := <-asked:
+		if err != nil {
+			t.Error(err)
+		}
+		close(goOn)
+	case <-time.After(patience / 9):
+		t.Error("a call waits until all is hashed")
+		close(goOn)
+		<-asked
+	}
+	eventually(t, "the segment is whole", func() bool { return to.Ready(0) })
 }
