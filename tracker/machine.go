@@ -458,7 +458,7 @@ func (m *Machine) reportBad(now time.Time, x *member) {
 	for _, name := range authors {
 		m.blame(now, x, name, wrongHashes)
 	}
-	x.prefix, x.present, x.suspect = 0, 0, false
+	x.prefix, x.present, x.suspect, x.anew = 0, 0, false, true
 	m.sort(now, x)
 	m.lose(now, x)
 }
@@ -518,7 +518,7 @@ func (m *Machine) blame(now time.Time, x *member, name, reason string) {
 		return
 	}
 	m.badPairs++
-	m.bad[name] = append(by, x.name)
+	m.bad[name], x.anew = append(by, x.name), false
 	y := m.members[name]
 	banned := m.banned(name)
 	if !banned {
@@ -529,10 +529,10 @@ func (m *Machine) blame(now time.Time, x *member, name, reason string) {
 			continue
 		}
 		for _, z := range m.list {
-			z.suspect = z.suspect || (z.knows[i] && z.name != name && (z.present > 0 || z.has[i]))
+			z.suspect = z.suspect || (z.knows[i] && z.name != name && !m.apart(i, z) && (z.present > 0 || z.has[i]))
 		}
 		if banned {
-			m.reset(i)
+			m.renounce(now, i)
 		} else {
 			m.mend(now, i) // x takes it no more, not on behalf of others either
 		}

@@ -57,6 +57,7 @@ type member struct {
 	told    time.Time     // when it was told to fetch; zero once it is known to, or not to
 	losses  int           // times it had fewer bytes than before
 	suspect bool          // it has bytes by hashes that another member found wrong
+	anew    bool          // it threw away all it had when it last reported wrong bytes or hashes
 	mending bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones
 	proven  bool          // another has had a segment from it
 	idle    bool          // it was named for not fetching

@@ -33,6 +33,12 @@ type segment struct {
 
 func (s *segment) holders() int { return len(s.origins) + len(s.relays) }
 
+// begin makes a segment that was reset one by these hashes.
+func (s *segment) begin(pieces []byte, author string) {
+	s.pieces, s.author = pieces, author
+	s.hops, s.released, s.entries = map[*member]*member{}, map[*member]bool{}, map[string]*member{}
+}
+
 // prove notes, when another has got the segment from its holders, that it was from
 // this one if there is one only.
 func (s *segment) prove() {
@@ -68,8 +74,7 @@ func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 	default:
 		m.supersede(i)
 		same = s.take(a.GetPieces())
-		s.pieces, s.author = bytes.Clone(a.GetPieces()), cmp.Or(same.author, x.name)
-		s.hops, s.released, s.entries = map[*member]*member{}, map[*member]bool{}, map[string]*member{}
+		s.begin(bytes.Clone(a.GetPieces()), cmp.Or(same.author, x.name))
 	}
 	first := m.hold(now, i, x)
 	m.release(now) // it may have been a first hop

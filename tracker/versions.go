@@ -101,6 +101,30 @@ func (m *Machine) supersede(i int) {
 	}
 }
 
+// renounce forgets a segment whose author is shut out, but for members that do not
+// have it from there: they will not announce it again.
+func (m *Machine) renounce(now time.Time, i int) {
+	s := &m.segs[i]
+	pieces, author := s.pieces, s.author
+	var own []*member
+	for _, y := range append(slices.Clone(s.origins), s.relays...) {
+		if y.name != author && (y.whole || m.apart(i, y)) {
+			own = append(own, y)
+		}
+	}
+	m.reset(i)
+	for _, y := range own {
+		if s.pieces == nil {
+			s.begin(pieces, y.name)
+		}
+		m.hold(now, i, y)
+	}
+}
+
+// apart says whether nothing that x has is from the author of segment i: x has
+// reported it, has thrown its bytes away, and was told nothing of it since.
+func (m *Machine) apart(i int, x *member) bool { return x.anew && m.tainted(i, x) }
+
 // restore makes another version current of every segment that nobody holds any more:
 // the one that most hold.
 func (m *Machine) restore(now time.Time) {

@@ -75,6 +75,64 @@ var versionTests = []machineTest{
 			3ms   announce a 1 y        > b seg1*(a), l seg1*(b)
 			4ms   announce b 1 x
 			5ms   status a prefix=4 whole -fetching > l named`},
+	{name: "who brings the same segment from the registry, having reported the author, still has it when that is shut out", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 0 x
+			0s    join a can            > a seg0*(l)
+			0s    join b can            > b seg0*(a)
+			0s    join c can            > c seg0*(a+b)
+			1ms   announce c 0 x
+			1ms   status b prefix=3
+			1ms   status c prefix=3
+			2ms   bad a                 > l named, a fetch
+			3ms   status a fetching -can
+			4ms   announce a 0 x
+			5ms   bad b                 > l out, b seg0*(a), c seg0*(b)
+			6ms   status b prefix=0
+			7ms   status a prefix=1 -fetching can > a fetch`},
+	{name: "those that are whole still have what they announced as one that is shut out did", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 0
+			0s    announce l 1 x
+			1ms   join s whole has=0+1  > s wait, s named, l named
+			2ms   join t whole has=0+1  > t wait, l out
+			3ms   join a can            > a seg0(t), a seg0*(s), a seg1(t), a seg1*(s)`},
+	{name: "but not who has it from that one, though it has reported it", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 0 x
+			0s    announce l 1 x
+			0s    join a can            > a seg0*(l), a seg1*(l)
+			0s    join b can            > b seg0*(a), b seg1*(a)
+			1ms   announce a 1 x
+			2ms   badpieces a x l       > b seg0(l), l named
+			3ms   badpieces b x l       > l out, b fetch`},
+	{name: "nor who has it from one that it reports after it threw away what another had brought", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 1 x
+			0s    join a can            > a seg1*(l)
+			0s    join b can            > b seg1*(a)
+			1ms   status a prefix=4
+			2ms   bad a                 > l named, b seg1(l), b fetch
+			3ms   join k whole          > k wait
+			3ms   announce k 0 x        > b seg0*(a), a seg0*(k)
+			4ms   badpieces a x k       > k named
+			4ms   join c can            > c seg0*(a+k), c seg1*(a+l)
+			5ms   announce a 0 x
+			6ms   badpieces c x k       > k out`},
+	{name: "nor who has it from one that two others report", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 1 x
+			0s    join a can            > a seg1*(l)
+			0s    join b can            > b seg1*(a)
+			1ms   status a prefix=4
+			2ms   bad a                 > l named, b seg1(l), b fetch
+			2ms   status b fetching -can
+			3ms   join k whole          > k wait
+			3ms   announce k 0 x        > b seg0*(a), a seg0*(k)
+			4ms   join c can            > c seg0*(a), c seg1*(a+l)
+			5ms   announce a 0 x
+			6ms   bad b                 > k named, l out
+			7ms   bad c                 > k out, c fetch`},
 	{name: "bad pieces: one says so and brings others, two shut out", lines: `
 			0s    join l whole          > l wait
 			0s    announce l 0 x
