@@ -262,7 +262,7 @@ var lies = []struct {
 		},
 	},
 	{
-		name: "one wrong byte at the end", within: 12, copies: 2.05, log: "wrong about what the bytes are",
+		name: "one wrong byte at the end", within: 12, copies: 1.3, log: "wrong about what the bytes are",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
 			wrong := bytes.Clone(right)
 			wrong[len(wrong)-1]++
