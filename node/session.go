@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	apiv1 "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/node/metrics"
 	"github.com/imagewolf/imagewolf/plugin/store"
 	"github.com/imagewolf/imagewolf/swarm"
@@ -75,11 +76,12 @@ type session struct {
 	blob    *swarm.Blob // nil for a blob that travels inline
 	offers  *offers     // nil like blob
 	tracker trackerSession
-	joined  time.Time // when the tracker was last reached
-	lostAt  time.Time // when the session was last left without; zero while it has not been
-	retryAt time.Time // when to look for a tracker again; zero while there is one
-	hasty   int       // joins in a row that ended at once
-	resumed bool      // has been a member before
+	joined  time.Time     // when the tracker was last reached
+	lostAt  time.Time     // when the session was last left without; zero while it has not been
+	heldUp  time.Duration // of the time since then, by trackers that were connected and did not answer
+	retryAt time.Time     // when to look for a tracker again; zero while there is one
+	hasty   int           // joins in a row that ended at once
+	resumed bool          // has been a member before
 
 	state      store.State
 	pieces     map[int][]byte    // hashes of the segments known so far
@@ -242,11 +244,11 @@ func (s *session) messages() <-chan *apiv1.TrackerMessage {
 	return s.tracker.Recv()
 }
 
-// join looks for the blob's tracker for at most the decide timeout, or for the stall
-// timeout where there is a connection to one, which may be slow to answer. Without
-// one, a client that waits is sent to the registry at once, or, if there was one
-// before, when that has been gone for the stall timeout: all members look for the
-// next at the same moment, and what is on its way comes without one.
+// join looks for the blob's tracker for at most the decide timeout, and for the stall
+// timeout before that where there is a connection to one, which may be slow to answer.
+// Without one, a client that waits is sent to the registry at once, or, if there was
+// one before, when the session has looked for the stall timeout: all members look for
+// the next at the same moment, and what is on its way comes without one.
 func (s *session) join(ctx context.Context) {
 	self := s.stack.cluster.Self()
 	s.sent = s.status()
@@ -257,9 +259,11 @@ func (s *session) join(ctx context.Context) {
 	for i := range s.announced {
 		hello.Announced = append(hello.Announced, &apiv1.Announce{Segment: uint32(i), Pieces: s.pieces[i]})
 	}
+	began := time.Now()
 	ts, err := s.stack.tracker.Join(ctx, hello)
 	if err != nil {
-		if errors.Is(err, tracker.ErrNoTracker) && time.Since(s.lostAt) < s.node.cfg.Tracker.StallTimeout.Duration() {
+		s.heldUp += max(0, time.Since(began)-s.node.cfg.Tracker.DecideTimeout.Duration())
+		if errors.Is(err, tracker.ErrNoTracker) && s.looked() < s.node.cfg.Tracker.StallTimeout.Duration() {
 			s.log.Debug("no tracker yet", "err", err)
 			s.retryAt = time.Now().Add(retryLost)
 			return
@@ -275,11 +279,23 @@ func (s *session) join(ctx context.Context) {
 	s.accused = 0
 }
 
+// looked is for how long the session has looked for a tracker since it lost its last.
+// What it waited for those that seemed to be there does not count, up to the time that
+// one such has: a single try may take that long, and says nothing of the others.
+func (s *session) looked() time.Duration {
+	return time.Since(s.lostAt) - min(s.heldUp, answerTime(s.node.cfg))
+}
+
+// answerTime is what a tracker that there is a connection to has to answer.
+func answerTime(cfg config.Config) time.Duration {
+	return max(cfg.Tracker.DecideTimeout, cfg.Tracker.StallTimeout).Duration()
+}
+
 // lost is called when the tracker has gone: the next in the order takes over.
 func (s *session) lost(ctx context.Context) {
 	err := s.tracker.Err()
 	s.tracker.Close()
-	s.tracker, s.lostAt = nil, time.Now()
+	s.tracker, s.lostAt, s.heldUp = nil, time.Now(), 0
 	// Trackers that end the stream at once must not be asked in a circle.
 	if s.hasty++; time.Since(s.joined) >= rejoinEvery || errors.Is(err, tracker.ErrMoved) {
 		s.hasty = 0

@@ -7,7 +7,10 @@ import (
 	"net"
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 
 	apiv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/cluster"
@@ -15,6 +18,7 @@ import (
 	"github.com/imagewolf/imagewolf/node/metrics"
 	"github.com/imagewolf/imagewolf/plugin/store"
 	"github.com/imagewolf/imagewolf/swarm"
+	"github.com/imagewolf/imagewolf/tracker"
 )
 
 // TestReplacedHashes: a tracker that has other piece hashes for a segment is
@@ -208,6 +212,40 @@ func TestLostTracker(t *testing.T) {
 		if content.sent != c.sent || s.retryAt.IsZero() {
 			t.Errorf("%s: %d sent to the registry, want %d; looks again at %v", c.name, content.sent, c.sent, s.retryAt)
 		}
+	}
+	synctest.Test(t, func(t *testing.T) { silentTracker(t, n, st) })
+}
+
+// silentTracker: the time that a session waits in vain for a tracker that seemed to be
+// there is not that in which it looks for another, or all members would go to the
+// registry after one such try. It is no excuse for ever.
+func silentTracker(t *testing.T, n *Node, st *stack) {
+	tries := 0
+	client := tracker.NewClient(tracker.ClientOptions{Trackers: func(digest.Digest) []tracker.Peer {
+		tries++
+		time.Sleep(n.cfg.Tracker.StallTimeout.Duration()) // virtual
+		return nil
+	}})
+	content := &clients{}
+	s := newSession(n, &stack{cluster: st.cluster, tracker: client}, "sha256:00", mib, content)
+	s.tracker = &asks{}
+	s.lost(t.Context())
+	if content.sent != 0 {
+		t.Error("one silent tracker sends the client to the registry")
+	}
+	for content.sent == 0 && tries < 10 {
+		time.Sleep(time.Until(s.retryAt)) // virtual
+		s.join(t.Context())
+	}
+	if tries != 2 {
+		t.Errorf("sent to the registry after %d tries, want 2", tries)
+	}
+	s.tracker = &asks{}
+	if s.lost(t.Context()); content.sent != 1 {
+		t.Error("the tracker that is lost next is not looked for any longer")
+	}
+	if err := client.Close(); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -95,8 +95,7 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 	})
 	st.tracker = tracker.NewClient(tracker.ClientOptions{
 		Self: peer(c.Self()), Zone: c.Self().Zone(), Log: n.log, Contain: st.containOrEnd(partRegistrar),
-		Reach:  cfg.Tracker.DecideTimeout.Duration(),
-		Answer: max(cfg.Tracker.DecideTimeout, cfg.Tracker.StallTimeout).Duration(),
+		Reach: cfg.Tracker.DecideTimeout.Duration(), Answer: answerTime(cfg),
 		Dial: func(_ context.Context, addr string) (*grpc.ClientConn, error) {
 			return grpc.NewClient("passthrough:///"+addr, c.GRPCDialOptions()...)
 		},

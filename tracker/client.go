@@ -29,7 +29,8 @@ const (
 	failureMemory = 5 * time.Second
 	// minAttempt is the least time that one tracker is given to answer.
 	minAttempt = 50 * time.Millisecond
-	// maxAttempt is the most, and what it has when there is no deadline.
+	// maxAttempt is the most that one without a connection is given, and what it has
+	// when there is no deadline.
 	maxAttempt = 2 * time.Second
 	// sessionQueue is how many messages may wait for a tracker that does not
 	// read before the session is given up.
@@ -64,9 +65,10 @@ type ClientOptions struct {
 	// Trackers are the nodes that may be a blob's tracker, best first.
 	Trackers func(d digest.Digest) []Peer
 	// Reach is how long Join looks for a tracker that can be reached, and Answer
-	// how long one that there is a connection to may take to answer: it lives, and
-	// who does without it goes to the registry beside the fetcher. 0: for as long as
-	// Join's context.
+	// how long after its begin one that there is a connection to may answer: it lives,
+	// and who does without it goes to the registry beside the fetcher. Where such a one
+	// has used up Reach, the others have it anew, so that Join takes Answer and Reach
+	// at most. 0: for as long as Join's context.
 	Reach, Answer time.Duration
 	Log           *slog.Logger
 	// Contain runs what a goroutine of the client or its Registrar does, and keeps
@@ -131,9 +133,9 @@ func (c *Client) open() []*Session {
 
 // Join makes this node a member of the blob that hello names, at its best
 // tracker that answers before ctx ends and within Reach or Answer (see
-// [ClientOptions]); ctx does not bound the session. Self and zone are filled in. The error is ErrNoTracker when none answers, or the
-// refusal of the one that did (as a gRPC status). The caller must Close the
-// session.
+// [ClientOptions]); ctx does not bound the session. Self and zone are filled in.
+// The error is ErrNoTracker when none answers, or the refusal of the one that did
+// (as a gRPC status). The caller must Close the session.
 func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
 	c.mu.Lock()
 	if c.closed {
@@ -150,21 +152,22 @@ func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
 	hello.Zone = c.o.Zone
 	trackers := c.inOrder(d)
 	failure := ErrNoTracker
-	reach, cancel := within(ctx, c.o.Reach)
-	defer cancel()
 	answer, cancel := within(ctx, c.o.Answer)
 	defer cancel()
+	reach, cancel := within(ctx, c.o.Reach)
+	defer func() { cancel() }()
 	var late []Peer // those that there was no connection to in time
 	for i, t := range trackers {
 		connected := c.conns.ready(t.Address)
-		ctx := reach
-		if connected {
-			ctx = answer
+		patient := connected && answer.Err() == nil
+		window, limit := answer, time.Duration(0)
+		if !patient {
+			window, limit = reach, share(reach, len(trackers)-i-1)
 		}
-		if ctx.Err() != nil {
+		if window.Err() != nil {
 			continue
 		}
-		s, err := c.try(ctx, t, hello, len(trackers)-i-1)
+		s, err := c.try(window, t, hello, limit)
 		if err == nil {
 			for _, l := range late {
 				c.reach(l)
@@ -180,6 +183,12 @@ func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
 			if !connected {
 				late = append(late, t)
 			}
+		}
+		if patient && reach.Err() != nil {
+			// That was not the time of those that come after it: all members wait
+			// for the same one, and are to meet at the next.
+			cancel()
+			reach, cancel = within(ctx, c.o.Reach)
 		}
 	}
 	return nil, fmt.Errorf("join %s: %w", d, failure)
@@ -236,17 +245,21 @@ func refused(err error) bool {
 	return false
 }
 
-// try joins at one tracker, within its share of the time: half of what is
-// left while there are others to try, so that one that swallows packets does
-// not use up all of it. One that is connected has all of it: it is alive, if
-// slow, and a member that goes to another tracker meanwhile finds nobody there
-// and is sent to the registry beside the fetcher.
-func (c *Client) try(ctx context.Context, t Peer, hello *api.Hello, others int) (*Session, error) {
-	limit := maxAttempt
-	if deadline, ok := ctx.Deadline(); ok && others > 0 && !c.conns.ready(t.Address) {
-		limit = min(limit, max(time.Until(deadline)/2, minAttempt))
+// share is how long one tracker is tried in a window for several: half of what is
+// left while there are others to try, so that one that swallows packets does not use
+// up all of it. One that is connected has a window of its own: it is alive, if slow,
+// and a member that goes to another tracker meanwhile finds nobody there and is sent
+// to the registry beside the fetcher.
+func share(window context.Context, others int) time.Duration {
+	if deadline, ok := window.Deadline(); ok && others > 0 {
+		return min(maxAttempt, max(time.Until(deadline)/2, minAttempt))
 	}
-	first, cancel := context.WithTimeout(ctx, limit)
+	return maxAttempt
+}
+
+// try joins at one tracker, before ctx ends and within limit, 0 for none.
+func (c *Client) try(ctx context.Context, t Peer, hello *api.Hello, limit time.Duration) (*Session, error) {
+	first, cancel := within(ctx, limit)
 	defer cancel()
 	s, err := c.newSession(first, t, digest.Digest(hello.GetDigest()))
 	if err != nil {

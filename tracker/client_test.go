@@ -100,16 +100,16 @@ func TestJoinWithoutTracker(t *testing.T) {
 func TestSlowTracker(t *testing.T) {
 	bubble(t, func(t *testing.T, n *testNet) {
 		var takes time.Duration
-		slow := n.serve("t0", func(o *ServerOptions) {
+		slowly := func(o *ServerOptions) {
 			o.PeerName = func(context.Context) (string, bool) {
 				time.Sleep(takes) // virtual
 				return "", false
 			}
-		})
-		hole := Peer{"t1", "t1"}
+		}
+		slow, slow2, well := n.serve("t0", slowly), n.serve("t1", slowly), n.serve("t2", nil)
+		hole := Peer{"t3", "t3"}
 		c := n.client("a", "")
-		c.o.Reach, c.o.Answer = 300*time.Millisecond, time.Second
-		n.join(c, nil).Close() // connects
+		c.o.Reach, c.o.Answer = 300*time.Millisecond, 3*time.Second
 		for _, tc := range []struct {
 			name   string
 			order  []Peer
@@ -118,11 +118,20 @@ func TestSlowTracker(t *testing.T) {
 			after  time.Duration
 		}{
 			{"slow", []Peer{slow.peer, hole}, 900 * time.Millisecond, true, 900 * time.Millisecond},
+			{"very slow", []Peer{slow.peer, well.peer}, 2900 * time.Millisecond, true, 2900 * time.Millisecond},
 			{"slow, and stands in for one that cannot be reached", []Peer{hole, slow.peer}, 700 * time.Millisecond, true, 850 * time.Millisecond},
-			{"hangs", []Peer{slow.peer}, 2 * time.Second, false, time.Second},
+			{"hangs, and the next does not", []Peer{hole, slow.peer, well.peer}, 5 * time.Second, true, 3 * time.Second},
+			{"hangs", []Peer{slow.peer}, 5 * time.Second, false, 3 * time.Second},
+			{"hangs, and one that cannot be reached", []Peer{slow.peer, hole}, 5 * time.Second, false, 3300 * time.Millisecond},
+			{"hangs, as does the next", []Peer{slow.peer, slow2.peer, hole, well.peer}, 5 * time.Second, true, 3225 * time.Millisecond},
 			{"cannot be reached", []Peer{hole}, 0, false, 300 * time.Millisecond},
 		} {
 			time.Sleep(failureMemory)
+			takes = 0
+			for _, ts := range []*testServer{slow, slow2} {
+				n.setOrder(ts.peer)
+				n.join(c, nil).Close() // connects
+			}
 			n.setOrder(tc.order...)
 			takes = tc.takes
 			start := time.Now()
