@@ -131,7 +131,7 @@ func (p *DataPort) Run(ctx context.Context) error {
 
 // admit checks who is there and hands the connection on.
 func (p *DataPort) admit(ctx context.Context, raw net.Conn) {
-	tune(raw, deadAfter)
+	Tune(raw, deadAfter)
 	conn := tls.Server(raw, p.identity.ServerTLS(ProtoGRPC, ProtoBitTorrent))
 	shake, cancel := context.WithTimeout(ctx, p.patience)
 	defer cancel()

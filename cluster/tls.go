@@ -142,12 +142,12 @@ func dialGRPC(ctx context.Context, addr string) (net.Conn, error) {
 // dialTCP never goes through a proxy: members reach each other directly. What the
 // other side leaves unconfirmed for so long ends the connection.
 func dialTCP(ctx context.Context, addr string, unconfirmed time.Duration) (net.Conn, error) {
-	d := net.Dialer{KeepAlive: -1} // tune sets it
+	d := net.Dialer{KeepAlive: -1} // Tune sets it
 	conn, err := d.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", addr, err)
 	}
-	tune(conn, unconfirmed)
+	Tune(conn, unconfirmed)
 	return conn, nil
 }
 
@@ -155,23 +155,31 @@ func dialTCP(ctx context.Context, addr string, unconfirmed time.Duration) (net.C
 // are dropped: a host that lost power ends no connection by itself.
 const deadAfter = 10 * time.Second
 
-// deafAfter is how long a tracker may leave unconfirmed what it was sent.
-const deafAfter = 3 * time.Second
+// deafAfter is how long a tracker may leave unconfirmed what it was sent: the least
+// that has room for as many probes as a connection at rest is to survive the loss of.
+const deafAfter = 3500 * time.Millisecond
+
+// lostProbes is how many probes in a row must be lost before a connection at rest is.
+const lostProbes = 3
 
 // maxUnsent is how many bytes of a connection may wait in the kernel that are
 // not on the wire: enough for a few milliseconds at 1 Gbit/s.
 const maxUnsent = 256 << 10
 
-// tune has the kernel notice dead hosts: by probes while a connection rests,
-// and by a limit on how long sent bytes may go unconfirmed.
-func tune(conn net.Conn, unconfirmed time.Duration) {
+// Tune has the kernel notice dead hosts, on TCP connections: by probes while a
+// connection rests, and by a limit on how long sent bytes may go unconfirmed, which is
+// not below 3.5 seconds. Linux ends a connection at rest by the same limit, however
+// many probes were to be sent: all of them have to fit into it.
+func Tune(conn net.Conn, unconfirmed time.Duration) {
 	tcp, ok := conn.(*net.TCPConn)
 	if !ok {
 		return
 	}
+	// The kernel counts in seconds. The last probe goes out half an interval before
+	// the limit, and is answered or the connection closed half a one after it.
+	interval := max((unconfirmed / 5).Truncate(time.Second), time.Second)
+	idle := (unconfirmed - (lostProbes-1)*interval - interval/2).Truncate(time.Second)
 	// An error means that the connection is dead already: its first use tells.
-	_ = tcp.SetKeepAliveConfig(net.KeepAliveConfig{
-		Enable: true, Idle: deadAfter / 2, Interval: deadAfter / 5, Count: 3,
-	})
+	_ = tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: idle, Interval: interval, Count: lostProbes})
 	setTCP(tcp, unconfirmed, maxUnsent)
 }
