@@ -22,6 +22,7 @@ import (
 
 	"github.com/imagewolf/imagewolf/api/nodeapi"
 	imagewolfv1 "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/internal/serve"
 	"github.com/imagewolf/imagewolf/proxy"
 )
@@ -35,7 +36,8 @@ const (
 	apiConns     = 256         // connections of the network at the same time
 	apiIdle      = time.Minute // that a connection stays without a call
 
-	// apiSilent is how long a client's host may be silent while a call waits.
+	// apiSilent is how long a client's host may be silent while a call waits, or leave
+	// unconfirmed what it is sent.
 	apiSilent = 12 * time.Second
 )
 
@@ -103,12 +105,33 @@ func (n *Node) listenSocket(context.Context) (net.Listener, error) {
 
 // listenNetwork listens on the address of the Node API.
 func (n *Node) listenNetwork(ctx context.Context) (net.Listener, error) {
-	lc := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: apiSilent / 2, Interval: apiSilent / 6, Count: 3}}
-	l, err := lc.Listen(ctx, "tcp", n.cfg.NodeAPI.Address)
+	l, err := listenWatchful(ctx, n.cfg.NodeAPI.Address)
 	if err != nil {
 		return nil, err
 	}
 	return netutil.LimitListener(l, apiConns), nil
+}
+
+// watchful is a listener whose connections end soon after their client's host, whether
+// they are at rest or have something to send: there are not many.
+type watchful struct{ net.Listener }
+
+func listenWatchful(ctx context.Context, address string) (net.Listener, error) {
+	l, err := (&net.ListenConfig{KeepAlive: -1}).Listen(ctx, "tcp", address) // Accept sets it
+	if err != nil {
+		return nil, err
+	}
+	return watchful{l}, nil
+}
+
+// Accept implements net.Listener.
+func (w watchful) Accept() (net.Conn, error) {
+	conn, err := w.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	cluster.Tune(conn, apiSilent)
+	return conn, nil
 }
 
 // networkOptions serve those only that have the token, over TLS.
