@@ -1,6 +1,11 @@
 package node
 
-import "time"
+import (
+	"context"
+	"time"
+
+	"github.com/imagewolf/imagewolf/internal/serve"
+)
 
 const (
 	// handOverTime is how long a node goes on in the cluster, if it is needed there,
@@ -11,21 +16,31 @@ const (
 	handOverLook = 50 * time.Millisecond
 )
 
-// needed says whether others take something from this node that it alone has.
-func (n *Node) needed() bool {
-	st := n.current()
-	return st != nil && st.swarm.Needed(time.Now())
+// needed says whether others take something from this node that it alone has. It
+// does not panic: a node that stops is to end well.
+func (n *Node) needed() (yes bool) {
+	err := n.guard(partSwarm, func() error {
+		st := n.current()
+		yes = st != nil && st.swarm.Needed(time.Now())
+		return nil
+	})
+	if err != nil {
+		n.log.Error("whether others need this node is not known: it goes", "err", err)
+	}
+	return yes
 }
 
-// linger returns when the node is not needed any more, at the latest after most.
+// linger returns when the node is not needed any more, at the latest after most, also
+// if needed hangs.
 func linger(needed func() bool, most time.Duration) {
-	over := time.After(most)
+	over, cancel := context.WithTimeout(context.Background(), most)
+	defer cancel()
 	tick := time.NewTicker(handOverLook)
 	defer tick.Stop()
-	for needed() {
+	for serve.Within(over, needed) {
 		select {
 		case <-tick.C:
-		case <-over:
+		case <-over.Done():
 			return
 		}
 	}

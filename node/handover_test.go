@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/imagewolf/imagewolf/config"
+	"github.com/imagewolf/imagewolf/node/metrics"
 )
 
 // TestStoppedFetcherHandsOver: a node that is told to stop when its own pull is through
@@ -59,5 +60,22 @@ func TestLinger(t *testing.T) {
 				t.Errorf("needed for %v: it took %v, want %v", needed, took, want)
 			}
 		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		began, hang := time.Now(), make(chan struct{})
+		defer close(hang)
+		linger(func() bool { <-hang; return true }, handOverTime)
+		if took := time.Since(began); took != handOverTime {
+			t.Errorf("not known whether it is needed: it took %v, want %v", took, handOverTime)
+		}
+	})
+}
+
+// TestNeededPanics: a node that does not find out whether it is needed stops as others do.
+func TestNeededPanics(t *testing.T) {
+	n := &Node{log: testLog(t), stack: &stack{}} // without a swarm
+	n.metrics = metrics.New(metrics.Now{})
+	if n.needed() {
+		t.Error("it is needed")
 	}
 }

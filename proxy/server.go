@@ -55,7 +55,8 @@ type Options struct {
 	// Panicked is called when a handler has panicked; may be nil.
 	Panicked func()
 	// Needed says whether there is something else to be waited for before the server
-	// stops, for as long as for blobs that are being written; may be nil.
+	// stops, for as long as for blobs that are being written. It must not panic, and
+	// may hang; may be nil.
 	Needed func() bool
 }
 
@@ -126,10 +127,9 @@ func New(o Options) *Server {
 
 // Serve answers calls on l until ctx ends, and closes l. When ctx ends it goes on
 // until no blob is being written or applied and nothing else is needed, for at most
-// 10 seconds; then streams
-// that wait for a blob are let go with Unavailable, and what is left is cancelled
-// a second later. No handler runs any more when Serve returns. The error is nil if
-// ctx ended.
+// 10 seconds; then streams that wait for a blob are let go with Unavailable, and what
+// is left is cancelled a second later. No handler runs any more when Serve returns.
+// The error is nil if ctx ended.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	cache := newReaderCache(s.store)
 	stopping, tell := context.WithCancel(context.WithoutCancel(ctx))
@@ -167,12 +167,13 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 // drain returns when nothing is being written or applied and nothing else is needed,
 // or after the grace.
 func (s *Server) drain() {
-	over := time.After(s.grace)
+	over, cancel := context.WithTimeout(context.Background(), s.grace)
+	defer cancel()
 	for {
 		idle := s.work.idle()
 		select {
 		case <-idle:
-			if !s.needed() {
+			if !serve.Within(over, s.needed) {
 				return
 			}
 		default:
@@ -180,12 +181,12 @@ func (s *Server) drain() {
 		// One layer's end is not the pull's.
 		select {
 		case <-idle:
-		case <-over:
+		case <-over.Done():
 			return
 		}
 		select {
 		case <-time.After(lull):
-		case <-over:
+		case <-over.Done():
 			return
 		}
 	}

@@ -264,6 +264,18 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// TestDrainEnds: what says whether the server is needed may hang.
+func TestDrainEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began, hang := time.Now(), make(chan struct{})
+		defer close(hang)
+		New(Options{Needed: func() bool { <-hang; return true }}).drain()
+		if took := time.Since(began); took != stopGrace {
+			t.Errorf("it took %v, want %v", took, stopGrace)
+		}
+	})
+}
+
 type panicStore struct{ content.Store }
 
 func (panicStore) Info(context.Context, digest.Digest) (content.Info, error) { panic("in Info") }

@@ -76,6 +76,19 @@ func HTTP(ctx context.Context, l net.Listener, h http.Handler) error {
 	return err
 }
 
+// Within is the answer of f, which may hang, or false if ctx ends before it. f must
+// not panic.
+func Within(ctx context.Context, f func() bool) bool {
+	answer := make(chan bool, 1)
+	go func() { answer <- f() }()
+	select {
+	case yes := <-answer:
+		return yes
+	case <-ctx.Done():
+		return false
+	}
+}
+
 // Contain keeps a panic of a gRPC handler from ending the process: its caller is
 // told that it failed, and everything else goes on. The interceptors may be used
 // by any number of servers.
