@@ -97,14 +97,14 @@ var versionTests = []machineTest{
 			1ms   join s whole has=0+1  > s wait, s named, l named
 			2ms   join t whole has=0+1  > t wait, l out
 			3ms   join a can            > a seg0(t), a seg0*(s), a seg1(t), a seg1*(s)`},
-	{name: "but not who has it from that one, though it has reported it", lines: `
+	{name: "who took a segment of one that sends bad pieces has it still; for what nobody has one is sent", lines: `
 			0s    join l whole          > l wait
 			0s    announce l 0 x
 			0s    announce l 1 x
 			0s    join a can            > a seg0*(l), a seg1*(l)
 			0s    join b can            > b seg0*(a), b seg1*(a)
 			1ms   announce a 1 x
-			2ms   badpieces a x l       > b seg0(l), l named
+			2ms   badpieces a x l       > a seg0(b), b seg0(l), l named
 			3ms   badpieces b x l       > l out, b fetch`},
 	{name: "nor who has it from one that it reports after it threw away what another had brought", lines: `
 			0s    join l whole          > l wait
