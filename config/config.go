@@ -68,7 +68,7 @@ type Swarm struct {
 
 // Tracker holds the bounds on waiting for other nodes.
 type Tracker struct {
-	DecideTimeout Duration `toml:"decide_timeout" comment:"How long a node tries to reach the tracker of a blob before it asks the registry by itself.\nOne that there is a connection to has stall_timeout to answer; after it the others have decide_timeout once more.\n10ms to 30s, not above max_wait."`
+	DecideTimeout Duration `toml:"decide_timeout" comment:"How long a node tries to reach the tracker of a blob before it asks the registry by itself.\nOne that there is a connection to has stall_timeout to answer;\nafter it the others have decide_timeout once more. 10ms to 30s, not above max_wait."`
 	StallTimeout  Duration `toml:"stall_timeout" comment:"How long a transfer may stand still before a second source is sought;\nup to ten times as long, but not above two thirds of max_wait, where the line is slow or busy;\nwhere bytes of it are seen to come, four fifths of max_wait, or eight while all who wait get others.\n100ms to 1m, not above max_wait."`
 	MaxWait       Duration `toml:"max_wait" comment:"How long a node waits without a single new byte before it asks the registry by itself,\nwhatever the others do; twice as long while bytes of other blobs come in.\n1s to 2m: containerd's CRI gives up on a pull after 5m without progress."`
 }
