@@ -49,6 +49,7 @@ func (s *session) progress(now time.Time) {
 		s.usedAt = now
 	}
 	if s.blob != nil {
+		s.blob.Fetching(state.Writing > 0 || state.Present == s.size)
 		stats := s.blob.Stats()
 		s.measure(now, stats)
 		s.asLeecher = min(stats.Downloaded, s.size-s.from)

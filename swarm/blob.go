@@ -61,7 +61,8 @@ type Blob struct {
 	limit    int              // of segments under way; guarded by mu
 	segs     map[int]*segment // guarded by mu
 	faces    map[string]*face // guarded by mu; by peer address
-	refuted  map[int][]byte   // guarded by mu; hashes of segments that bytes of the registry did not have
+	fetching bool             // guarded by mu; see Fetching
+	refuted  map[int]*segment // guarded by mu; dropped, as bytes of the registry did not have their hashes
 	acct     sync.Mutex
 	err      error               // guarded by acct
 	bad      []BadSender         // guarded by acct
@@ -104,7 +105,7 @@ func newBlob(s *Swarm, d digest.Digest, size int64, data Data) *Blob {
 		wake:     make(chan struct{}, 1),
 		segs:     map[int]*segment{},
 		faces:    map[string]*face{},
-		refuted:  map[int][]byte{},
+		refuted:  map[int]*segment{},
 		accounts: map[string]*account{},
 		kicked:   map[string]struct{}{},
 	}
@@ -208,8 +209,8 @@ func (b *Blob) verified(seg int) []byte {
 // other hashes it begins anew, with these peers alone, and keeps the bytes that
 // are present: they are taken to be right by the new hashes, so those that came
 // by others must not be. Of a segment that is whole already nothing is
-// downloaded, nor by hashes that bytes which came from elsewhere did not have. Peers
-// whose address cannot be one are left out.
+// downloaded, nor, while this node is Fetching, by hashes that bytes which came from
+// elsewhere did not have. Peers whose address cannot be one are left out.
 //
 // Errors: ErrOutOfRange and ErrInvalidArgument for a segment or hashes that
 // cannot be, ErrUnavailable after Close, and whatever Data returned.
@@ -219,9 +220,37 @@ func (b *Blob) Leech(seg int, pieces []byte, peers []string) error {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if bytes.Equal(b.refuted[seg], pieces) {
+	if s := b.refuted[seg]; s != nil && bytes.Equal(s.pieces, pieces) {
+		s.addPeers(peers) // for when it goes on
 		return nil
 	}
+	return b.leech(seg, pieces, peers)
+}
+
+// Fetching says whether the registry's bytes are on their way here, or all are here: then
+// none goes by hashes that the registry's do not have. Otherwise who is told such hashes
+// has nothing else to go on by than they are, and finds out by the digest in the end
+// which bytes were wrong. It may be called very often.
+func (b *Blob) Fetching(is bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.fetching = is
+	if is {
+		return
+	}
+	for i, s := range b.refuted {
+		delete(b.refuted, i)
+		if b.segs[i] != nil {
+			continue
+		}
+		if err := b.leech(i, s.pieces, s.peers); err != nil {
+			b.swarm.opts.Log.Debug("segment not gone on with", "digest", b.digest, "segment", i, "err", err)
+		}
+	}
+}
+
+// leech is Leech of hashes that can be. b.mu must be held.
+func (b *Blob) leech(seg int, pieces []byte, peers []string) error {
 	if s := b.segs[seg]; s != nil && !bytes.Equal(s.pieces, pieces) {
 		b.drop(s)
 	}

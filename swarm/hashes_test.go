@@ -2,6 +2,7 @@ package swarm
 
 import (
 	"bytes"
+	"fmt"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -48,6 +49,7 @@ func TestRegistryBytesByWrongHashes(t *testing.T) {
 	d := digest.FromBytes(data)
 	mine := newMemory(len(data))
 	fetcher, leecher := from.open(t, d, mine), other.open(t, d, to)
+	fetcher.Fetching(true)
 	lies := bytes.Repeat([]byte{9}, fetcher.layout.Pieces(0)*20)
 	if err := fetcher.Leech(0, lies, []string{"127.0.0.1:1"}); err != nil {
 		t.Fatal(err)
@@ -78,4 +80,31 @@ func TestRegistryBytesByWrongHashes(t *testing.T) {
 		t.Fatal(err)
 	}
 	to.await(t, 0, minSegment)
+}
+
+// Who has wrong bytes from a registry that sends no more takes the rest by the hashes that
+// it is told: it is the digest that says what was wrong. So does one that was fetching.
+func TestWrongBytesAndNoMoreToCome(t *testing.T) {
+	for _, began := range []bool{false, true} {
+		t.Run(fmt.Sprint("was fetching: ", began), func(t *testing.T) {
+			_, seeder, _, from, to, mine := pair(t, minSegment)
+			pieces := offerAll(t, from)[0]
+			to.Fetching(began)
+			if err := to.Leech(0, pieces, []string{"127.0.0.1:1"}); err != nil {
+				t.Fatal(err)
+			}
+			mine.fill(make([]byte, minSegment), 0, minPiece)
+			eventually(t, "the piece is known, or the torrent dropped", func() bool {
+				to.mu.Lock()
+				defer to.mu.Unlock()
+				s := to.segs[0]
+				return s == nil || s.t.PieceState(0).Complete
+			})
+			if err := to.Leech(0, pieces, addrs(seeder)); err != nil {
+				t.Fatal(err)
+			}
+			to.Fetching(false)
+			mine.await(t, 0, minSegment)
+		})
+	}
 }

@@ -318,9 +318,9 @@ func (b *Blob) part(s *segment, now time.Time) (more bool) {
 }
 
 // refresh tells the client of pieces that have arrived from elsewhere, and drops a
-// segment's torrent if one does not have its hash: the hashes that this node was told are
-// wrong, or its bytes are, and neither is to go on by the other. Reading and hashing may
-// take long, so b.mu is not held meanwhile.
+// segment's torrent if one that the registry sends does not have its hash: the hashes that
+// this node was told are wrong, or its bytes are, and neither is to go on by the other.
+// Reading and hashing may take long, so b.mu is not held meanwhile.
 func (b *Blob) refresh() {
 	type arrival struct {
 		s     *segment
@@ -385,17 +385,21 @@ func (b *Blob) right(s *segment, piece int) (bool, error) {
 }
 
 // settle tells the client of a piece that has arrived, or drops the torrent if the piece
-// is not right. b.mu must be held, and the torrent be there.
+// is not right and more of the registry's bytes are to come. b.mu must be held, and the torrent be there.
 func (b *Blob) settle(s *segment, piece int, right bool) {
 	if !right {
 		b.swarm.opts.Log.Warn("bytes of the registry do not have the hash that the tracker told", "digest", b.digest, "segment", s.index, "piece", piece)
-		b.refuted[s.index] = s.pieces
+	}
+	switch {
+	case right:
+		b.acct.Lock()
+		s.good[piece] = struct{}{}
+		b.acct.Unlock()
+	case b.fetching:
+		b.refuted[s.index] = s
 		b.drop(s)
 		return
 	}
-	b.acct.Lock()
-	s.good[piece] = struct{}{}
-	b.acct.Unlock()
 	s.t.Piece(piece).UpdateCompletion()
 }
 
