@@ -52,6 +52,9 @@ type conn struct {
 func (s *Swarm) newConn(c net.Conn, f *face) *conn {
 	w := &conn{Conn: c, swarm: s, face: f}
 	w.ctx, w.cancel = context.WithCancel(context.Background())
+	if f.addr == "" { // it came in: its face is nobody else's
+		f.conn = w // before the swarm, which may be ending, can close it
+	}
 	s.mu.Lock()
 	s.conns[w] = struct{}{}
 	stopping := s.stopping

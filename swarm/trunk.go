@@ -191,12 +191,11 @@ func (s *Swarm) serveTrunk(c net.Conn) {
 			continue
 		}
 		f := s.newFace("", s.identify(c))
-		// The face is not seen by anybody else before the connection is.
-		f.conn = s.newConn(peerStream{st, t}, f)
+		conn := s.newConn(peerStream{st, t}, f)
 		select {
-		case s.incoming <- f.conn:
+		case s.incoming <- conn:
 		case <-s.ctx.Done():
-			_ = f.conn.Close() // the swarm is ending
+			_ = conn.Close() // the swarm is ending
 			return
 		}
 	}
