@@ -199,7 +199,7 @@ func (s *segment) begunElsewhere(piece int) bool {
 	b := s.blob
 	off := s.off + int64(piece)*b.layout.PieceSize
 	end := min(off+b.layout.PieceSize, s.off+s.n)
-	for chunk := int64(b.layout.ChunkSize()); off < end; off += chunk {
+	for chunk := b.layout.ChunkSize(); off < end; off += chunk {
 		if b.present(off, 1) || b.present(min(off+chunk, end)-1, 1) {
 			return true
 		}
