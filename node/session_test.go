@@ -212,6 +212,9 @@ func TestLostTracker(t *testing.T) {
 		if content.sent != c.sent || s.retryAt.IsZero() {
 			t.Errorf("%s: %d sent to the registry, want %d; looks again at %v", c.name, content.sent, c.sent, s.retryAt)
 		}
+		if s.heldUp >= time.Second { // it would be two, were there no bound
+			t.Errorf("%s: one that cannot be reached was waited for %v longer than decide_timeout", c.name, s.heldUp)
+		}
 	}
 	synctest.Test(t, func(t *testing.T) { silentTracker(t, n, st) })
 }

@@ -385,7 +385,8 @@ func (b *Blob) right(s *segment, piece int) (bool, error) {
 }
 
 // settle tells the client of a piece that has arrived, or drops the torrent if the piece
-// is not right and more of the registry's bytes are to come. b.mu must be held, and the torrent be there.
+// is not right and more of the registry's bytes are to come. b.mu must be held, and the
+// torrent be there.
 func (b *Blob) settle(s *segment, piece int, right bool) {
 	if !right {
 		b.swarm.opts.Log.Warn("bytes of the registry do not have the hash that the tracker told", "digest", b.digest, "segment", s.index, "piece", piece)

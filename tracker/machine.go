@@ -439,28 +439,35 @@ func (m *Machine) ask(now time.Time, x *member) {
 // but those who found out the same as x: they have gone on behind the bytes of
 // one that was wrong. x has thrown away what it took.
 func (m *Machine) reportBad(now time.Time, x *member) {
-	var authors, silent []string
-	for i := range m.segs {
-		name := m.segs[i].author
-		known := len(m.bad[name]) > 0
-		if !x.knows[i] || name == x.name || slices.Contains(authors, name) || (x.suspect && !known) {
-			continue
-		}
-		authors = append(authors, name)
-		if !m.reported(name) {
-			silent = append(silent, name)
-		}
-	}
-	if len(silent) > 0 {
-		authors = silent
-	}
 	x.mending = x.class == fetcher
-	for _, name := range authors {
+	for _, name := range m.wrong(x) {
 		m.blame(now, x, name, wrongHashes)
 	}
-	x.prefix, x.present, x.suspect, x.anew = 0, 0, false, true
+	x.prefix, x.present, x.suspect, x.anew, x.took = 0, 0, false, true, nil
 	m.sort(now, x)
 	m.lose(now, x)
+}
+
+// wrong is who is to blame for the bytes of x: the authors of the hashes by which it may
+// have some, those that were current once included.
+func (m *Machine) wrong(x *member) []string {
+	authors := slices.Clone(x.took)
+	for i := range m.segs {
+		if name := m.segs[i].author; x.knows[i] && !slices.Contains(authors, name) {
+			authors = append(authors, name)
+		}
+	}
+	authors = slices.DeleteFunc(authors, func(name string) bool { return name == x.name })
+	if x.suspect {
+		known := slices.DeleteFunc(slices.Clone(authors), func(name string) bool { return len(m.bad[name]) == 0 })
+		if authors = known; len(known) == 0 {
+			authors = x.took
+		}
+	}
+	if silent := slices.DeleteFunc(slices.Clone(authors), m.reported); len(silent) > 0 {
+		return silent
+	}
+	return authors
 }
 
 // retract is told by x that the blob did not have its digest although nothing
@@ -520,6 +527,9 @@ func (m *Machine) blame(now time.Time, x *member, name, reason string) {
 	m.badPairs++
 	m.bad[name], x.anew = append(by, x.name), false
 	y := m.members[name]
+	if y != nil && reason == wrongHashes {
+		y.refuted = true
+	}
 	banned := m.banned(name)
 	if !banned {
 		m.name(name, reason+", says one")

@@ -14,7 +14,8 @@ import (
 //
 // A member that has the whole blob knows by its sha256 that its version is right. Its
 // word counts as every other: one gets the author of another version named, two shut
-// it out. Who only passed a version on is not to blame.
+// it out. Who only passed a version on is not to blame, nor who was deceived: a member
+// that has bytes by hashes that were found wrong finds others by them, until it knows.
 
 const (
 	// maxVersions is how many versions of a segment are kept beside the current one.
@@ -22,6 +23,8 @@ const (
 	// maxKept is how many that hold a version are remembered while it is not current:
 	// enough for it to spread from.
 	maxKept = 4
+	// maxTook is how many authors of former versions a member is known to have bytes by.
+	maxTook = 4
 )
 
 // Why a member is shut out over hashes and pieces.
@@ -95,6 +98,14 @@ func (m *Machine) supersede(i int) {
 	s := &m.segs[i]
 	pieces, author := s.pieces, s.author
 	holders := append(slices.Clone(s.origins), s.relays...)
+	for _, z := range m.list { // what these have may be by the former
+		if z.knows[i] && z.name != author && (z.present > 0 || z.has[i]) && !m.apart(i, z) {
+			z.suspect = true
+			if len(z.took) < maxTook && !slices.Contains(z.took, author) {
+				z.took = append(z.took, author)
+			}
+		}
+	}
 	m.reset(i)
 	for _, y := range holders[:min(len(holders), maxKept)] {
 		m.keep(i, pieces, author, y)
@@ -150,10 +161,10 @@ func (m *Machine) restore(now time.Time) {
 }
 
 // witness takes the word of x, if it has the whole blob, against those who said
-// otherwise of a segment.
+// otherwise of a segment; but not of one by whose hashes another got a wrong blob.
 func (m *Machine) witness(now time.Time, i int, x *member) {
 	s := &m.segs[i]
-	if !x.whole || len(s.versions) == 0 {
+	if !x.whole || len(s.versions) == 0 || x.refuted {
 		return
 	}
 	own := s.author
@@ -171,8 +182,9 @@ func (m *Machine) witness(now time.Time, i int, x *member) {
 	for _, v := range s.versions {
 		others = append(others, v.author)
 	}
+	deceived := func(name string) bool { return m.members[name] != nil && m.members[name].suspect }
 	for _, name := range others {
-		if name != own && name != x.name && !m.banned(name) {
+		if name != own && name != x.name && !m.banned(name) && !deceived(name) {
 			m.blame(now, x, name, otherHashes)
 		}
 	}

@@ -66,6 +66,60 @@ var versionTests = []machineTest{
 			1ms   join s                > s seg0*(a)
 			2ms   announce s 0 y        > s named
 			3ms   leave l               > a seg0(s), a seg0*(s)`},
+	{name: "nor is who has bytes by them, and finds others with the registry's rest behind", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 0 x
+			0s    announce l 1 x
+			0s    join a can            > a seg0*(l), a seg1*(l)
+			0s    join b can            > b seg0*(a), b seg1*(a)
+			0s    join c can            > c seg0*(a+b), c seg1*(a+b)
+			1ms   announce a 0 x
+			1ms   announce b 0 x
+			1ms   status a prefix=1
+			1ms   status b prefix=1
+			1ms   status c present=1
+			2ms   bad a                 > a fetch, b seg1(l), l named
+			2ms   status a prefix=0 fetching -can
+			3ms   bad b                 > l out
+			3ms   status b prefix=0
+			4ms   announce a 0 y        > b seg0*(c), c seg0*(a)
+			4ms   announce a 1 y        > b seg1*(a), c seg1*(b)
+			5ms   announce b 0 y
+			5ms   announce b 1 y
+			6ms   status a whole prefix=4 -fetching
+			6ms   status b whole prefix=4
+			7ms   announce c 1 z`},
+	{name: "of two that were sent to the registry the first is believed", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    status a fetching -can
+			1ms   announce a 1 x        > b seg1*(a)
+			4.1s  tick                  > b fetch
+			4.1s  status b fetching -can
+			4.1s  announce b 1 y`},
+	{name: "of several versions the one that most hold comes back", lines: `
+			0s    join l                > l wait
+			0s    announce l 0 x
+			0s    join a                > a seg0*(l)
+			0s    join b                > b seg0*(a+l)
+			0s    join c                > c seg0*(a+b+l)
+			1ms   announce c 0 z
+			1ms   announce a 0 y
+			1ms   announce b 0 y
+			2ms   leave l               > a seg0(c), b seg0(c), b seg0*(a+c), c seg0*(a+b)`},
+	{name: "but none whose author is shut out, whoever holds it", lines: `
+			0s    join l                > l wait
+			0s    announce l 0 x
+			0s    join k                > k seg0*(l)
+			0s    join a                > a seg0*(k+l)
+			0s    join b                > b seg0*(a+k+l)
+			0s    join c                > c seg0*(a+b+l)
+			1ms   announce k 0 z
+			1ms   announce a 0 z
+			1ms   announce b 0 z
+			1ms   announce c 0 y
+			2ms   announce k 9          > a seg0(c), b seg0(c), k out
+			3ms   leave l               > a seg0(b), a seg0*(b+c), b seg0*(a+c)`},
 	{name: "who passed on wrong hashes is not to blame for them", lines: `
 			0s    join l                > l wait
 			0s    announce l 1 x
@@ -220,11 +274,11 @@ func TestVersionsAreBounded(t *testing.T) {
 	}
 	join("first")
 	say("first", 1)
-	for k := range 20 {
+	for k := range 60 {
 		name := fmt.Sprint("n", k)
 		join(name)
 		for h := range 200 {
-			say(name, h)
+			say(name, 2+h) // never the first one's, which they would hold then
 		}
 		say(name, 2+k%6)
 	}
@@ -232,9 +286,15 @@ func TestVersionsAreBounded(t *testing.T) {
 	if len(versions) > maxVersions {
 		t.Errorf("%d versions", len(versions))
 	}
+	seen := map[string]int{}
 	for _, v := range versions {
 		if len(v.who) > maxKept {
 			t.Errorf("%d remembered that hold a version", len(v.who))
+		}
+		for _, x := range v.who {
+			if seen[x.name]++; seen[x.name] > 1 {
+				t.Errorf("%s is remembered to hold %d versions", x.name, seen[x.name])
+			}
 		}
 	}
 	if m.Mismatches() == 0 {

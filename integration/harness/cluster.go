@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -171,15 +172,20 @@ func (c *Cluster) Settle(ctx context.Context) error {
 	}
 }
 
-// Stop ends the cluster's daemons.
+// Stop ends the cluster's daemons, those of all nodes at once: each imagewolf may stay
+// some seconds for what the others take from it.
 func (c *Cluster) Stop() error {
-	var errs []error
-	for _, n := range c.Nodes {
-		errs = append(errs, n.Stop())
-		if n.Wolf != nil {
-			errs = append(errs, n.Wolf.Stop())
-		}
+	errs := make([]error, len(c.Nodes))
+	var stopping sync.WaitGroup
+	for i, n := range c.Nodes {
+		stopping.Go(func() {
+			errs[i] = n.Stop()
+			if n.Wolf != nil {
+				errs[i] = errors.Join(errs[i], n.Wolf.Stop())
+			}
+		})
 	}
+	stopping.Wait()
 	return errors.Join(errs...)
 }
 
