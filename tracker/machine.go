@@ -443,25 +443,23 @@ func (m *Machine) reportBad(now time.Time, x *member) {
 	for _, name := range m.wrong(x) {
 		m.blame(now, x, name, wrongHashes)
 	}
-	x.prefix, x.present, x.suspect, x.anew, x.took = 0, 0, false, true, nil
+	x.empty()
+	x.anew = true
 	m.sort(now, x)
 	m.lose(now, x)
 }
 
-// wrong is who is to blame for the bytes of x: the authors of the hashes by which it may
-// have some, those that were current once included.
+// wrong is who is to blame for the bytes of x: the authors of hashes by which it may have
+// some, rather of such as are no longer current, which another has contradicted since.
 func (m *Machine) wrong(x *member) []string {
-	authors := slices.Clone(x.took)
-	for i := range m.segs {
-		if name := m.segs[i].author; x.knows[i] && !slices.Contains(authors, name) {
-			authors = append(authors, name)
-		}
-	}
-	authors = slices.DeleteFunc(authors, func(name string) bool { return name == x.name })
-	if x.suspect {
-		known := slices.DeleteFunc(slices.Clone(authors), func(name string) bool { return len(m.bad[name]) == 0 })
-		if authors = known; len(known) == 0 {
-			authors = x.took
+	authors := x.took
+	if len(authors) == 0 {
+		for i := range m.segs {
+			name := m.segs[i].author
+			known := len(m.bad[name]) > 0
+			if x.knows[i] && name != x.name && !slices.Contains(authors, name) && (known || !x.suspect) {
+				authors = append(authors, name)
+			}
 		}
 	}
 	if silent := slices.DeleteFunc(slices.Clone(authors), m.reported); len(silent) > 0 {
@@ -491,7 +489,7 @@ func (m *Machine) retract(now time.Time, x *member) {
 	for _, y := range told {
 		y.mending = y.class == fetcher && y.from > 0
 		y.retracts++
-		y.prefix, y.present, y.suspect = 0, 0, false
+		y.empty()
 		m.send(y, &api.TrackerMessage{Message: &api.TrackerMessage_Retract{Retract: &api.Retract{}}})
 		clear(y.knows)
 		clear(y.given)
@@ -501,7 +499,8 @@ func (m *Machine) retract(now time.Time, x *member) {
 	for _, y := range told {
 		m.welcome(now, y)
 	}
-	x.prefix, x.present, x.suspect, x.mending = 0, 0, false, false
+	x.empty()
+	x.mending = false
 	m.sort(now, x)
 	m.lose(now, x)
 	m.name(x.name, "the registry sent it bytes that do not have the digest")

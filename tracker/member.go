@@ -102,6 +102,9 @@ func newMember(now time.Time, h *api.Hello, segments int) *member {
 // because it has been told so.
 func (x *member) stale() bool { return x.retracted < x.retracts }
 
+// empty notes that the member has thrown away all that it had.
+func (x *member) empty() { x.prefix, x.present, x.suspect, x.took = 0, 0, false, nil }
+
 // apply takes over a member's status and says whether anything has changed
 // that decide has to know of.
 func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
@@ -161,7 +164,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		}
 	}
 	if lost {
-		x.suspect = false
+		x.suspect, x.took = false, nil
 		m.lose(now, x)
 		return true
 	}

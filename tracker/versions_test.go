@@ -89,6 +89,71 @@ var versionTests = []machineTest{
 			6ms   status a whole prefix=4 -fetching
 			6ms   status b whole prefix=4
 			7ms   announce c 1 z`},
+	{name: "who got a wrong blob by hashes that were superseded blames their author, not who superseded them", lines: `
+			0s    join l                > l wait
+			0s    announce l 1 x
+			1ms   join a can            > a fetch, a seg1*(l)
+			1ms   join b can            > b seg1*(l)
+			1ms   join c can            > c seg1*(b+l)
+			2ms   status a fetching -can
+			2ms   status b present=1
+			2ms   status c present=1
+			3ms   announce a 1 y        > b seg1*(a), c seg1*(b+l), l seg1*(b+c)
+			4ms   bad b                 > b seg1*(c), c seg1(a), l named
+			5ms   bad c                 > b seg1(a), c seg1*(b), l out`},
+	{name: "also not once their author has spoken against them", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 1 x
+			1ms   join a can            > a seg1*(l)
+			1ms   join b                > b seg1*(a)
+			2ms   status b present=1
+			3s    tick                  > a fetch, b seg1(l)
+			3s    status a fetching -can
+			3.1s  announce a 1 y        > b seg1*(), a named
+			3.2s  bad b                 > b seg1*(), l named`},
+	{name: "of several by whose hashes one got a wrong blob, the one that is blamed already is it", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 1 x
+			0s    join a can            > a seg1*(l)
+			0s    join b can            > b seg1*(a)
+			1ms   status b prefix=2
+			2ms   bad a                 > a fetch, b seg1(l), l named
+			3ms   join k whole          > k wait
+			4ms   announce k 0 y        > a seg0*(b), b seg0*(k)
+			5ms   bad b                 > b seg0*(k), l out`},
+	{name: "who has bytes by superseded hashes may announce what follows from them", lines: `
+			0s    join l                > l wait
+			0s    announce l 1 x
+			1ms   join a can            > a fetch, a seg1*(l)
+			1ms   join b can            > b seg1*(l)
+			2ms   status a fetching -can
+			2ms   status b present=1
+			3ms   announce a 1 y        > b seg1*(a), l seg1*(b)
+			4ms   announce a 0 y        > b seg0*(a), l seg0*(b)
+			5ms   announce b 0 x
+			6ms   status a whole prefix=4 -fetching > l named`},
+	{name: "nor those whose bytes were thrown away since", lines: `
+			0s    join l                > l wait
+			0s    announce l 1 x
+			1ms   join a can            > a fetch, a seg1*(l)
+			1ms   join b can            > b seg1*(l)
+			2ms   status a fetching -can
+			2ms   status b present=1
+			3ms   announce a 1 y        > b seg1*(a), l seg1*(b)
+			4ms   status b present=0    > b seg1(l), b seg1*(a)
+			5ms   status b present=1
+			6ms   bad b                 > a named`},
+	{name: "who claims to have the whole blob, by whose hashes another got a wrong one, is no witness", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 1 x
+			1ms   join a can            > a seg1*(l)
+			1ms   join b can            > b seg1*(a)
+			2ms   status b prefix=4
+			3ms   bad b                 > b fetch, l named
+			4ms   status b fetching -can
+			5ms   announce b 1 y        > a seg1*(b)
+			6ms   announce b 2 y        > a seg2*(b)
+			7ms   announce l 2 x`},
 	{name: "of two that were sent to the registry the first is believed", lines: `
 			0s    join a can            > a fetch
 			0s    join b can            > b wait
