@@ -124,14 +124,19 @@ func (m *Machine) fill(now time.Time) {
 			return
 		}
 	}
-	if m.reached(best) < m.reach(best) || best.suspect {
+	var until time.Time
+	switch {
+	case m.reached(best) < m.reach(best):
 		// Others hold what comes next: let the one that will go on take it
-		// from them first, so that the registry is asked for no byte twice. Or
-		// it has bytes that others found wrong, and is about to find out.
-		if until := m.lastMove().Add(m.stall); now.Before(until) {
-			m.wakeAt(until)
-			return
-		}
+		// from them first, so that the registry is asked for no byte twice.
+		until = m.lastMove().Add(m.stall)
+	case best.suspect:
+		// It has bytes that others found wrong, and is about to find out.
+		until = m.vacant.Add(m.stall)
+	}
+	if now.Before(until) {
+		m.wakeAt(until)
+		return
 	}
 	m.tell(now, best)
 }

@@ -181,6 +181,7 @@ type Machine struct {
 	sweepAt     time.Time
 
 	bad        map[string][]string // author of wrong piece hashes -> names of those that reported them
+	refuted    map[string][]string // of bad, those that got a wrong blob
 	outcasts   bool                // there is or was an outcast
 	mute       map[string][]string // member that announced and sent nothing -> names of those that waited for it
 	spoilt     map[string][]string // member that sent pieces without their hashes -> names of those that got them
@@ -208,6 +209,7 @@ func NewMachine(d digest.Digest, size int64, o MachineOptions) *Machine {
 		seeders:   map[string]*seeder{},
 		zones:     map[string][]*member{},
 		bad:       map[string][]string{},
+		refuted:   map[string][]string{},
 		mute:      map[string][]string{},
 		spoilt:    map[string][]string{},
 		expelled:  map[string]bool{},
@@ -434,10 +436,8 @@ func (m *Machine) ask(now time.Time, x *member) {
 // reportBad is told by x that the blob it assembled did not have its digest.
 // Every piece that x took from others had the hash it was to have, or it would
 // not have been taken; so what was wrong is the hashes, and whoever was the
-// first to announce them is to blame, not those that passed the pieces on. If
-// several announced what x took, it is the one that is blamed already; else all
-// but those who found out the same as x: they have gone on behind the bytes of
-// one that was wrong. x has thrown away what it took.
+// first to announce them is to blame, not those that passed the pieces on. x has
+// thrown away what it took.
 func (m *Machine) reportBad(now time.Time, x *member) {
 	x.mending = x.class == fetcher
 	for _, name := range m.wrong(x) {
@@ -449,43 +449,30 @@ func (m *Machine) reportBad(now time.Time, x *member) {
 	m.lose(now, x)
 }
 
-// wrong is who is to blame for the bytes of x: the authors of hashes by which it may have
-// some, rather of such as are no longer current, which another has contradicted since.
-func (m *Machine) wrong(x *member) []string {
-	authors := x.took
-	if len(authors) == 0 {
-		for i := range m.segs {
-			name := m.segs[i].author
-			known := len(m.bad[name]) > 0
-			if x.knows[i] && name != x.name && !slices.Contains(authors, name) && (known || !x.suspect) {
-				authors = append(authors, name)
-			}
-		}
-	}
-	if silent := slices.DeleteFunc(slices.Clone(authors), m.reported); len(silent) > 0 {
-		return silent
-	}
-	return authors
-}
-
 // retract is told by x that the blob did not have its digest although nothing
 // of it came from others: the registry sent x other bytes, and x has handed them
 // on. All that have anything by x's hashes throw it away now, before one of them
 // is sent to the registry behind it or finds out only at the end. Nobody is to
 // blame.
 func (m *Machine) retract(now time.Time, x *member) {
-	var told []*member
+	told := m.takers(x.name)
 	for i := range m.segs {
-		if m.segs[i].author != x.name {
-			continue
+		s := &m.segs[i]
+		s.versions = slices.DeleteFunc(s.versions, func(v version) bool { return v.author == x.name })
+		if s.author == x.name {
+			m.reset(i)
 		}
-		for _, y := range m.list {
-			if y != x && !y.whole && y.knows[i] && !slices.Contains(told, y) {
-				told = append(told, y)
-			}
-		}
-		m.reset(i)
 	}
+	m.takeBack(now, told)
+	x.empty()
+	x.mending = false
+	m.sort(now, x)
+	m.lose(now, x)
+	m.name(x.name, "the registry sent it bytes that do not have the digest")
+}
+
+// takeBack has members throw away all that others have brought them.
+func (m *Machine) takeBack(now time.Time, told []*member) {
 	for _, y := range told {
 		y.mending = y.class == fetcher && y.from > 0
 		y.retracts++
@@ -499,11 +486,6 @@ func (m *Machine) retract(now time.Time, x *member) {
 	for _, y := range told {
 		m.welcome(now, y)
 	}
-	x.empty()
-	x.mending = false
-	m.sort(now, x)
-	m.lose(now, x)
-	m.name(x.name, "the registry sent it bytes that do not have the digest")
 }
 
 // reported says whether a member has blamed anyone.
@@ -525,38 +507,42 @@ func (m *Machine) blame(now time.Time, x *member, name, reason string) {
 	}
 	m.badPairs++
 	m.bad[name], x.anew = append(by, x.name), false
-	y := m.members[name]
-	if y != nil && reason == wrongHashes {
-		y.refuted = true
+	if reason == wrongHashes {
+		m.refuted[name] = append(m.refuted[name], x.name)
 	}
 	banned := m.banned(name)
 	if !banned {
 		m.name(name, reason+", says one")
 	}
-	for i := range m.segs {
-		if m.segs[i].author != name {
+	var told []*member
+	for _, z := range m.takers(name) {
+		if z.present == 0 && z.held == 0 {
 			continue
 		}
-		for _, z := range m.list {
-			z.suspect = z.suspect || (z.knows[i] && z.name != name && !m.apart(i, z) && (z.present > 0 || z.has[i]))
+		z.suspect = true
+		if banned && z != x && !z.stale() && (z.class != fetcher || z.from > 0) {
+			told = append(told, z)
 		}
-		if banned {
+	}
+	for i := range m.segs {
+		switch {
+		case m.segs[i].author != name:
+		case banned:
 			m.renounce(now, i)
-		} else {
+		default:
 			m.mend(now, i) // x takes it no more, not on behalf of others either
 		}
 	}
-	if !banned {
-		if y != nil {
-			m.part(now, x, y)
-		}
-		return
+	y := m.members[name]
+	if y != nil && !banned {
+		m.part(now, x, y)
 	}
-	if y != nil && !y.banned {
+	if y != nil && banned && !y.banned {
 		m.castOut(y, reason)
 		m.sort(now, y)
 		m.disown(now, y)
 	}
+	m.takeBack(now, told)
 }
 
 // complain is told by x, which stands still, of whom it has had no byte for one
@@ -613,6 +599,11 @@ func (m *Machine) castOut(x *member, reason string) {
 				delete(said, name)
 				m.badPairs--
 			}
+		}
+	}
+	for name, by := range m.refuted {
+		if len(by) == 1 && by[0] == x.name {
+			delete(m.refuted, name)
 		}
 	}
 	m.out = append(m.out, Command{To: x.name, Reason: reason, Outcast: true})

@@ -57,7 +57,6 @@ type member struct {
 	told    time.Time     // when it was told to fetch; zero once it is known to, or not to
 	losses  int           // times it had fewer bytes than before
 	suspect bool          // it has bytes by hashes that another member found wrong
-	refuted bool          // another says that the blob was wrong by hashes it announced
 	took    []string      // authors of hashes that were current, by which it may have bytes; maxTook at most
 	anew    bool          // it threw away all it had when it last reported wrong bytes or hashes
 	mending bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones

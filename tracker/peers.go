@@ -72,7 +72,7 @@ func (m *Machine) announce(now time.Time, x *member, a *api.Announce) bool {
 		m.witnesses(now, i)
 		return true
 	default:
-		m.supersede(i)
+		m.supersede(i, x.sent)
 		same = s.take(a.GetPieces())
 		s.begin(bytes.Clone(a.GetPieces()), cmp.Or(same.author, x.name))
 	}

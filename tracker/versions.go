@@ -15,7 +15,8 @@ import (
 // A member that has the whole blob knows by its sha256 that its version is right. Its
 // word counts as every other: one gets the author of another version named, two shut
 // it out. Who only passed a version on is not to blame, nor who was deceived: a member
-// that has bytes by hashes that were found wrong finds others by them, until it knows.
+// that has bytes by hashes that were found wrong finds others by them, until it knows. It
+// is told to throw them away once their author is shut out.
 
 const (
 	// maxVersions is how many versions of a segment are kept beside the current one.
@@ -93,13 +94,57 @@ func (s *segment) take(pieces []byte) (v version) {
 	return v
 }
 
-// supersede makes the current version of a segment one of the others.
-func (m *Machine) supersede(i int) {
+// takers are the members that may have bytes by hashes of that author: they know
+// segments by them, or did until those were superseded, and have not thrown away all
+// they had since, nor found out that they have the whole blob.
+func (m *Machine) takers(author string) []*member {
+	var takers []*member
+	for _, z := range m.list {
+		knows := func() bool {
+			for i := range m.segs {
+				if m.segs[i].author == author && z.knows[i] && !m.apart(i, z) {
+					return true
+				}
+			}
+			return false
+		}
+		if z.name != author && !z.whole && (slices.Contains(z.took, author) || knows()) {
+			takers = append(takers, z)
+		}
+	}
+	return takers
+}
+
+// wrong is who is to blame for the wrong blob of x: the authors of hashes that the one
+// who was sent to the registry has contradicted, else of those that it knows; of several
+// the one that is blamed already, and rather such as have blamed nobody: these have gone
+// on behind the bytes of one that was wrong.
+func (m *Machine) wrong(x *member) []string {
+	authors := slices.DeleteFunc(slices.Clone(x.took), m.banned)
+	if len(authors) == 0 {
+		for i := range m.segs {
+			name := m.segs[i].author
+			known := len(m.bad[name]) > 0
+			if x.knows[i] && name != x.name && !slices.Contains(authors, name) && (known || !x.suspect) {
+				authors = append(authors, name)
+			}
+		}
+	}
+	if silent := slices.DeleteFunc(slices.Clone(authors), m.reported); len(silent) > 0 {
+		return silent
+	}
+	return authors
+}
+
+// supersede makes the current version of a segment one of the others. If that is
+// because somebody was sent to the registry, whoever has bytes may have them by hashes
+// that are wrong.
+func (m *Machine) supersede(i int, sent bool) {
 	s := &m.segs[i]
 	pieces, author := s.pieces, s.author
 	holders := append(slices.Clone(s.origins), s.relays...)
 	for _, z := range m.list { // what these have may be by the former
-		if z.knows[i] && z.name != author && (z.present > 0 || z.has[i]) && !m.apart(i, z) {
+		if sent && !z.whole && z.knows[i] && z.name != author && (z.present > 0 || z.has[i]) && !m.apart(i, z) {
 			z.suspect = true
 			if len(z.took) < maxTook && !slices.Contains(z.took, author) {
 				z.took = append(z.took, author)
@@ -161,10 +206,11 @@ func (m *Machine) restore(now time.Time) {
 }
 
 // witness takes the word of x, if it has the whole blob, against those who said
-// otherwise of a segment; but not of one by whose hashes another got a wrong blob.
+// otherwise of a segment; but not of one of whose hashes another says that they were
+// wrong.
 func (m *Machine) witness(now time.Time, i int, x *member) {
 	s := &m.segs[i]
-	if !x.whole || len(s.versions) == 0 || x.refuted {
+	if !x.whole || len(s.versions) == 0 || len(m.refuted[x.name]) > 0 {
 		return
 	}
 	own := s.author
@@ -182,7 +228,10 @@ func (m *Machine) witness(now time.Time, i int, x *member) {
 	for _, v := range s.versions {
 		others = append(others, v.author)
 	}
-	deceived := func(name string) bool { return m.members[name] != nil && m.members[name].suspect }
+	deceived := func(name string) bool {
+		y := m.members[name]
+		return y != nil && y.suspect && !y.whole && len(m.refuted[name]) == 0
+	}
 	for _, name := range others {
 		if name != own && name != x.name && !m.banned(name) && !deceived(name) {
 			m.blame(now, x, name, otherHashes)

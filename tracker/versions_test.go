@@ -71,24 +71,13 @@ var versionTests = []machineTest{
 			0s    announce l 0 x
 			0s    announce l 1 x
 			0s    join a can            > a seg0*(l), a seg1*(l)
-			0s    join b can            > b seg0*(a), b seg1*(a)
-			0s    join c can            > c seg0*(a+b), c seg1*(a+b)
-			1ms   announce a 0 x
-			1ms   announce b 0 x
-			1ms   status a prefix=1
-			1ms   status b prefix=1
+			0s    join c can            > c seg0*(a), c seg1*(a)
 			1ms   status c present=1
-			2ms   bad a                 > a fetch, b seg1(l), l named
-			2ms   status a prefix=0 fetching -can
-			3ms   bad b                 > l out
-			3ms   status b prefix=0
-			4ms   announce a 0 y        > b seg0*(c), c seg0*(a)
-			4ms   announce a 1 y        > b seg1*(a), c seg1*(b)
-			5ms   announce b 0 y
-			5ms   announce b 1 y
-			6ms   status a whole prefix=4 -fetching
-			6ms   status b whole prefix=4
-			7ms   announce c 1 z`},
+			2ms   bad a                 > a fetch, c seg0(l), c seg1(l), l named
+			2ms   status a fetching -can
+			3ms   announce c 1 z
+			4ms   announce a 1 y        > c seg1*(a)
+			5ms   status a whole prefix=4 -fetching`},
 	{name: "who got a wrong blob by hashes that were superseded blames their author, not who superseded them", lines: `
 			0s    join l                > l wait
 			0s    announce l 1 x
@@ -154,6 +143,69 @@ var versionTests = []machineTest{
 			5ms   announce b 1 y        > a seg1*(b)
 			6ms   announce b 2 y        > a seg2*(b)
 			7ms   announce l 2 x`},
+	{name: "a version that came back when its holder had gone, and was wrong, is what is blamed", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    join c can            > c wait
+			0s    join d can            > d wait
+			1ms   status a fetching -can
+			2ms   announce a 0 y        > b seg0*(c+d), c seg0*(b+d), d seg0*(a)
+			3ms   status b present=0.5
+			3ms   status c present=0.5
+			3ms   status d present=0.5
+			4ms   join l                > l seg0*(b+c+d)
+			5ms   announce l 0 x
+			6ms   leave a               > b seg0*(l), c seg0*(b+d+l), d seg0(l), d seg0*(b+c+l)
+			7ms   join a can            > a seg0*(b+c+l)
+			8ms   bad b                 > b fetch, l named
+			9ms   bad c                 > l out, d retract`},
+	{name: "one that is reported itself is not excused by wrong hashes of another", lines: `
+			0s    join l                > l wait
+			0s    announce l 0 x
+			0s    join a can            > a seg0*(l)
+			0s    join b can            > b seg0*(a+l)
+			1ms   status a fetching -can
+			2ms   announce a 1 y        > b seg1*(a), l seg1*(b)
+			3ms   status l present=0.1
+			3ms   status b present=1
+			4ms   bad b                 > a named, l named
+			5ms   join s whole          > s wait
+			6ms   announce s 0 y        > a seg0*(b), b seg0*(s), l out`},
+	{name: "what one that is shut out said of a whole one does not keep that from speaking", lines: `
+			0s    join s whole          > s wait
+			0s    announce s 0 y
+			0s    join l can            > l seg0*(s)
+			0s    join b can            > b seg0*(l)
+			1ms   status l present=0.1
+			2ms   bad l                 > b seg0(s), s named
+			3ms   announce l 9          > l fetch, l out
+			4ms   join k                > k seg0*(b)
+			5ms   announce k 0 x        > k named`},
+	{name: "one that gets a byte now and then does not keep those with doubtful bytes from the registry", lines: `
+			0s    join l                > l wait
+			0s    announce l 1 x
+			0s    join a can            > a fetch, a seg1*(l)
+			0s    join b can            > b seg1*(l)
+			1ms   status a fetching -can
+			2ms   status b present=0.5
+			3ms   announce a 1 y        > b seg1*(a), l seg1*(b)
+			4ms   leave a               > b seg1(l), b seg1*(l)
+			1s    status l present=0.01
+			2s    status l present=0.02
+			2.1s  tick                  > b fetch`},
+	{name: "a retraction reaches those that have bytes by superseded hashes of the one that takes them back", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    join c can            > c wait
+			1ms   status a fetching -can
+			2ms   announce a 0 y        > b seg0*(a), c seg0*(b)
+			3ms   status b present=0.5
+			3ms   status c present=0.5
+			4ms   leave a               > b fetch, b seg0(c)
+			5ms   status b fetching -can
+			6ms   announce b 0 z        > c seg0*(b)
+			7ms   join a can            > a seg0*(c)
+			8ms   bad a own             > a named, b retract, c retract`},
 	{name: "of two that were sent to the registry the first is believed", lines: `
 			0s    join a can            > a fetch
 			0s    join b can            > b wait
@@ -206,7 +258,7 @@ var versionTests = []machineTest{
 			2ms   bad a                 > l named, a fetch
 			3ms   status a fetching -can
 			4ms   announce a 0 x
-			5ms   bad b                 > l out, b seg0*(a), c seg0*(b)
+			5ms   bad b                 > l out, c retract, b seg0*(a), c seg0*(b)
 			6ms   status b prefix=0
 			7ms   status a prefix=1 -fetching can > a fetch`},
 	{name: "those that are whole still have what they announced as one that is shut out did", lines: `
@@ -251,7 +303,7 @@ var versionTests = []machineTest{
 			4ms   join c can            > c seg0*(a), c seg1*(a+l)
 			5ms   announce a 0 x
 			6ms   bad b                 > k named, l out
-			7ms   bad c                 > k out, c fetch`},
+			7ms   bad c                 > k out, a retract, a fetch`},
 	{name: "bad pieces: one says so and brings others, two shut out", lines: `
 			0s    join l whole          > l wait
 			0s    announce l 0 x
