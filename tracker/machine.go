@@ -457,9 +457,7 @@ func (m *Machine) reportBad(now time.Time, x *member) {
 func (m *Machine) retract(now time.Time, x *member) {
 	told := m.takers(x.name)
 	for i := range m.segs {
-		s := &m.segs[i]
-		s.versions = slices.DeleteFunc(s.versions, func(v version) bool { return v.author == x.name })
-		if s.author == x.name {
+		if m.segs[i].author == x.name {
 			m.reset(i)
 		}
 	}
@@ -520,7 +518,7 @@ func (m *Machine) blame(now time.Time, x *member, name, reason string) {
 			continue
 		}
 		z.suspect = true
-		if banned && z != x && !z.stale() && (z.class != fetcher || z.from > 0) {
+		if banned && z != x && (z.class != fetcher || z.from > 0) {
 			told = append(told, z)
 		}
 	}

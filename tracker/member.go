@@ -128,6 +128,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	if s.GetWhole() && !x.whole {
 		x.relay = x.class == leecher
 		x.heard = now
+		x.suspect, x.took = false, nil
 	}
 	switch {
 	case s.GetWhole() || (x.fetching && !s.GetFetching()):

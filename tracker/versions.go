@@ -120,7 +120,7 @@ func (m *Machine) takers(author string) []*member {
 // the one that is blamed already, and rather such as have blamed nobody: these have gone
 // on behind the bytes of one that was wrong.
 func (m *Machine) wrong(x *member) []string {
-	authors := slices.DeleteFunc(slices.Clone(x.took), m.banned)
+	authors := x.took
 	if len(authors) == 0 {
 		for i := range m.segs {
 			name := m.segs[i].author
@@ -230,7 +230,7 @@ func (m *Machine) witness(now time.Time, i int, x *member) {
 	}
 	deceived := func(name string) bool {
 		y := m.members[name]
-		return y != nil && y.suspect && !y.whole && len(m.refuted[name]) == 0
+		return y != nil && y.suspect && len(m.refuted[name]) == 0
 	}
 	for _, name := range others {
 		if name != own && name != x.name && !m.banned(name) && !deceived(name) {

@@ -171,6 +171,29 @@ var versionTests = []machineTest{
 			4ms   bad b                 > a named, l named
 			5ms   join s whole          > s wait
 			6ms   announce s 0 y        > a seg0*(b), b seg0*(s), l out`},
+	{name: "nor one that has found out that it has the whole blob", lines: `
+			0s    join l                > l wait
+			0s    announce l 1 x
+			0s    join a can            > a fetch, a seg1*(l)
+			0s    join k                > k seg1*(l)
+			1ms   status a fetching -can
+			1ms   status k present=1
+			2ms   announce a 1 y        > k seg1*(l), l seg1*(k)
+			3ms   status k whole prefix=4
+			3ms   announce k 0 z        > a seg0*(k+l), l seg0*(k)
+			4ms   join s whole          > s wait
+			5ms   announce s 0 y        > s named, k named`},
+	{name: "also before its hashes were superseded", lines: `
+			0s    join l                > l wait
+			0s    announce l 1 x
+			0s    join a can            > a fetch, a seg1*(l)
+			0s    join k                > k seg1*(l)
+			1ms   status a fetching -can
+			1ms   status k whole prefix=4
+			2ms   announce a 1 y        > l seg1*(k)
+			3ms   announce k 0 z        > a seg0*(k+l), l seg0*(k)
+			4ms   join s whole          > s wait
+			5ms   announce s 0 y        > s named, k named`},
 	{name: "what one that is shut out said of a whole one does not keep that from speaking", lines: `
 			0s    join s whole          > s wait
 			0s    announce s 0 y
