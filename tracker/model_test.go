@@ -276,10 +276,24 @@ func (v *model) state(n *modelNode) *api.Status {
 	whole := n.present == v.size
 	st := &api.Status{Present: n.present, Whole: whole, CanFetch: !whole && !n.fetch, Fetching: n.fetch && !whole}
 	st.Busy = v.says && n.bytes > 0 && !whole && v.now-n.bytes < modelBusy || v.boaster > 0 && n == &v.nodes[v.boaster]
-	if n.fetch || whole {
-		st.Prefix = n.present
-	}
+	seg, piece := v.prefix(n)
+	st.Prefix = min(int64(seg)*v.layout.SegmentSize+int64(piece)*v.piece, v.size)
 	return st
+}
+
+// prefix is where the first piece is that a member lacks, and behind the last
+// segment if it lacks none.
+func (v *model) prefix(n *modelNode) (seg, piece int) {
+	if n.present == v.size {
+		return len(n.parts), 0
+	}
+	for seg < len(n.parts) && n.parts[seg].have == v.all(seg) {
+		seg++
+	}
+	if seg < len(n.parts) {
+		piece = bits.TrailingZeros32(^n.parts[seg].have)
+	}
+	return seg, piece
 }
 
 func (v *model) join(i int) {
@@ -366,7 +380,8 @@ func (v *model) hear(i int, c Command) {
 		if !n.fetch && n.done == 0 {
 			n.fetch = true
 			v.say(i, &api.MemberMessage{Message: &api.MemberMessage_Status{Status: v.state(n)}})
-			v.fetched(i, 0, 0)
+			seg, piece := v.prefix(n) // goes on there, by Range
+			v.fetched(i, seg, piece)
 		}
 	case *api.TrackerMessage_Segment:
 		seg := int(t.Segment.GetSegment())

@@ -7,16 +7,13 @@ import (
 	"time"
 
 	api "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/swarm"
 )
 
-// productLayout cuts a blob as swarm.LayoutOf does, which this package does
-// not import.
+// productLayout cuts a blob as nodes do.
 func productLayout(size int64) (Layout, int64) {
-	seg := int64(4 * mib)
-	for seg < 64*mib && seg < (size+63)/64 {
-		seg *= 2
-	}
-	return cut(size, seg, min(max(seg/16, 256<<10), 4*mib))
+	l := swarm.LayoutOf(size)
+	return Layout{Segments: l.Segments(), SegmentSize: l.SegmentSize, Pieces: l.Pieces}, l.PieceSize
 }
 
 // cut cuts a blob into segments of seg and pieces of piece bytes.
@@ -87,8 +84,8 @@ func TestFewMembers(t *testing.T) {
 		{members: 8, mebi: 256, mbits: 200, limit: 1.2},
 		{members: 16, mebi: 256, mbits: 100, limit: 1.2},
 		{members: 32, mebi: 128, mbits: 50, limit: 1.4},
-		{members: 32, mebi: 32, mbits: 50, limit: 1.9},
-		{members: 8, mebi: 32, mbits: 10, limit: 1.9},
+		{members: 32, mebi: 32, mbits: 50, limit: 1.6},
+		{members: 8, mebi: 32, mbits: 10, limit: 1.4},
 		{members: 7, sources: 1, mebi: 256, mbits: 200, limit: 1.2},
 		{members: 31, sources: 1, mebi: 128, mbits: 50, limit: 1.4},
 	} {
@@ -105,7 +102,7 @@ func TestFewMembers(t *testing.T) {
 }
 
 // A thousand members are served as a dozen are. The blob is small, so that
-// the test is quick, and the tail of its few segments is long.
+// the test is quick; what the tracker sends then takes half as long as the blob.
 func TestThousandMembers(t *testing.T) {
 	const members = 1000
 	v := newModel(members, 32*mib, 1000)
@@ -113,7 +110,7 @@ func TestThousandMembers(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("last %.2f, copies %.2f, messages %d in and %d out, machine %v", v.ratio(), v.copies(), v.in, v.out, v.busy)
-	if v.ratio() > 2.7 || v.copies() > 1.05 {
+	if v.ratio() > 2.2 || v.copies() > 1.05 {
 		t.Errorf("last %.2f, copies %.2f", v.ratio(), v.copies())
 	}
 	// Per member: hello, whole, each segment, and a status now and then; an
@@ -127,25 +124,26 @@ func TestThousandMembers(t *testing.T) {
 // BenchmarkMembers is the model at full size: what it reports is of the
 // members and their tracker, not of the time that the model takes.
 func BenchmarkMembers(b *testing.B) {
-	for _, members := range []int{100, 1000, 5000} {
-		for _, mebi := range []int64{256, 1024} {
-			b.Run(fmt.Sprintf("%d/%dMiB", members, mebi), func(b *testing.B) {
-				for b.Loop() {
-					v := newModel(members, mebi*mib, 1000)
-					if err := v.run(); err != nil {
-						b.Fatal(err)
-					}
-					b.ReportMetric(0, "ns/op")
-					b.ReportMetric(v.ratio(), "last/T")
-					b.ReportMetric(v.copies(), "copies")
-					b.ReportMetric(float64(v.in)/float64(members), "in/member")
-					b.ReportMetric(float64(v.out)/float64(members), "out/member")
-					b.ReportMetric(float64(v.inB)/float64(members)/1e3, "inKB/member")
-					b.ReportMetric(float64(v.outB)/float64(members)/1e3, "outKB/member")
-					b.ReportMetric(v.busy.Seconds()/v.ideal(), "cores")
+	for _, c := range []struct {
+		members int
+		mebi    int64
+	}{{100, 256}, {100, 1024}, {1000, 256}, {1000, 1024}, {1000, 10240}, {5000, 256}, {5000, 1024}, {10000, 1024}} {
+		b.Run(fmt.Sprintf("%d/%dMiB", c.members, c.mebi), func(b *testing.B) {
+			for b.Loop() {
+				v := newModel(c.members, c.mebi*mib, 1000)
+				if err := v.run(); err != nil {
+					b.Fatal(err)
 				}
-			})
-		}
+				b.ReportMetric(0, "ns/op")
+				b.ReportMetric(v.ratio(), "last/T")
+				b.ReportMetric(v.copies(), "copies")
+				b.ReportMetric(float64(v.in)/float64(c.members), "in/member")
+				b.ReportMetric(float64(v.out)/float64(c.members), "out/member")
+				b.ReportMetric(float64(v.inB)/float64(c.members)/1e3, "inKB/member")
+				b.ReportMetric(float64(v.outB)/float64(c.members)/1e3, "outKB/member")
+				b.ReportMetric(v.busy.Seconds()/v.ideal(), "cores")
+			}
+		})
 	}
 }
 
