@@ -7,7 +7,7 @@ GO      ?= go
 BIN     := $(CURDIR)/bin
 TOOLS   := $(BIN)/tools
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
-COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+COMMIT  ?= $(shell git describe --always --abbrev=40 --exclude '*' --dirty 2>/dev/null || echo unknown)
 PKG     := github.com/imagewolf/imagewolf/internal/build
 LDFLAGS := -s -w -X $(PKG).version=$(VERSION) -X $(PKG).commit=$(COMMIT)
 BUILD   := CGO_ENABLED=0 $(GO) build -buildvcs=false -ldflags '$(LDFLAGS)'
@@ -86,7 +86,7 @@ bench: bench-binaries ## measure every scenario against containerd alone; as roo
 	COMMIT=$(COMMIT) $(BIN)/imagewolf-bench run
 
 .PHONY: bench-smoke
-bench-smoke: bench-binaries ## the same, small: fails if a pull fails or the registry sends more than one copy
+bench-smoke: bench-binaries ## the same, small: fails if a pull fails or, cold or staggered, the registry sends more than one copy
 	COMMIT=$(COMMIT) $(BIN)/imagewolf-bench smoke
 
 .PHONY: bench-plot

@@ -60,11 +60,11 @@ func (o *Options) parameters(getenv func(string) string) error {
 		o.Scenarios = strings.FieldsFunc(v, func(r rune) bool { return r == ',' || r == ' ' })
 	}
 	switch v := getenv("MODES"); v {
-	case "":
+	case "", "both":
 	case string(ImageWolf):
 		o.WolfOnly = true
 	default:
-		errs = append(errs, fmt.Errorf("MODES=%s: only imagewolf can be had alone", v))
+		errs = append(errs, fmt.Errorf("MODES=%s: want both, or imagewolf, which alone can be had alone", v))
 	}
 	if v := getenv("BENCH_JSON"); v != "" {
 		o.JSON = v

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"image/color"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/font"
@@ -35,10 +37,10 @@ func Plot(ctx context.Context, o Options, file string) error {
 	for _, n := range plotNodes {
 		o.N = n
 		results, err := measureAll(ctx, o)
-		if err != nil {
-			return err
-		}
 		all = append(all, results...)
+		if err != nil {
+			return errors.Join(err, write(o.JSON, all)) // and the picture stays as it was
+		}
 	}
 	if err := write(o.JSON, all); err != nil {
 		return err
@@ -78,9 +80,23 @@ func Draw(results []Result, file string) error {
 	style.Font.Size = vg.Points(9)
 	style.XAlign = draw.XLeft
 	dc.FillText(style, vg.Point{X: vg.Points(10), Y: vg.Points(10)},
-		fmt.Sprintf("All nodes pull a new image of %d MiB at the same moment; every NIC, the registry's too, has %s. Commit %.12s.",
-			r.ImageBytes/mib, rateName(r.Rate), cmp.Or(r.Commit, "unknown")))
+		fmt.Sprintf("All nodes pull a new image of %d MiB at the same moment; every NIC, the registry's too, has %s. Commit %s.",
+			r.ImageBytes/mib, rateName(r.Rate), shortCommit(r.Commit)))
 	return save(canvas, file)
+}
+
+// dirty is what make puts behind the commit of a tree that was changed.
+const dirty = "-dirty"
+
+// shortCommit is enough of a commit to find it by, and tells when the tree was
+// changed.
+func shortCommit(c string) string {
+	hash, changed := strings.CutSuffix(c, dirty)
+	short := fmt.Sprintf("%.12s", cmp.Or(hash, "unknown"))
+	if changed {
+		short += dirty
+	}
+	return short
 }
 
 // save writes the file whole or not at all.

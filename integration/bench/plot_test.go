@@ -39,6 +39,13 @@ func TestDraw(t *testing.T) {
 			t.Errorf("%q is not in the picture", want)
 		}
 	}
+	for commit, want := range map[string]string{
+		"0123456789abcdef": "0123456789ab", "0123456789abcdef-dirty": "0123456789ab-dirty", "": "unknown", "unknown": "unknown",
+	} {
+		if got := shortCommit(commit); got != want {
+			t.Errorf("commit %q is shown as %q", commit, got)
+		}
+	}
 	if err := Draw(results[:0], file); err == nil {
 		t.Error("nothing was drawn without an error")
 	}

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -27,8 +28,11 @@ type Result struct {
 	LastS   float64 `json:"last_s"`
 	// LastRatio is LastS over that of a single direct pull on the same NIC; in
 	// rolling, small and lone it is MedianS over direct's.
-	LastRatio      float64 `json:"last_ratio"`
-	RegistryCopies float64 `json:"registry_copies"`
+	LastRatio float64 `json:"last_ratio"`
+	// RegistryCopies are those that the registry's NIC sent, with what TCP had to
+	// send again; RegistryCopiesSaid are those that the registry says it sent.
+	RegistryCopies     float64 `json:"registry_copies"`
+	RegistryCopiesSaid float64 `json:"registry_copies_said"`
 	// SentBytes and ReceivedBytes are the NIC's of each node.
 	SentBytes     []int64 `json:"sent_bytes"`
 	ReceivedBytes []int64 `json:"received_bytes"`
@@ -61,6 +65,34 @@ func (s sample) median() time.Duration {
 	return (t[(len(t)-1)/2] + t[len(t)/2]) / 2
 }
 
+// middle returns the sample whose last node is the median's; of an even number,
+// the mean of the two in the middle, the times by their order.
+func middle(s []sample) sample {
+	s = slices.SortedFunc(slices.Values(s), func(a, b sample) int { return cmp.Compare(a.last(), b.last()) })
+	a, b := s[(len(s)-1)/2], s[len(s)/2]
+	if len(s)%2 == 1 {
+		return a
+	}
+	return sample{
+		took:     means(slices.Sorted(slices.Values(a.took)), slices.Sorted(slices.Values(b.took))),
+		registry: mean(a.registry, b.registry), said: mean(a.said, b.said), zones: mean(a.zones, b.zones),
+		sent: means(a.sent, b.sent), received: means(a.received, b.received),
+		cpu: mean(a.cpu, b.cpu), rss: max(a.rss, b.rss), busy: (a.busy + b.busy) / 2, disk: (a.disk + b.disk) / 2,
+	}
+}
+
+// mean is that of two durations or sums of bytes.
+func mean[T ~int64](a, b T) T { return (a + b) / 2 }
+
+// means are those of each two of a and b, which are of one length.
+func means[T ~int64](a, b []T) []T {
+	var out []T
+	for i := range a {
+		out = append(out, mean(a[i], b[i]))
+	}
+	return out
+}
+
 // measured is a scenario in both modes.
 type measured struct {
 	direct, wolf sample
@@ -88,8 +120,9 @@ func (m measured) results(o Options, s *scenario, p plan, bytes int64) []Result 
 		r := Result{
 			Scenario: s.name, Mode: mode, N: p.n, Rate: p.rate, ImageBytes: bytes,
 			MedianS: round(took.median().Seconds()), LastS: round(took.last().Seconds()), LastRatio: round(ratio),
-			RegistryCopies: round(float64(took.registry) / float64(bytes)),
-			SentBytes:      took.sent, ReceivedBytes: took.received,
+			RegistryCopies:     round(float64(took.registry) / float64(bytes)),
+			RegistryCopiesSaid: round(float64(took.said) / float64(bytes)),
+			SentBytes:          took.sent, ReceivedBytes: took.received,
 			CPUS: round(took.cpu.Seconds()), PeakRSSBytes: took.rss, Commit: o.Commit,
 		}
 		if s.place.zones > 0 {
@@ -106,11 +139,11 @@ func round(v float64) float64 { return math.Round(v*10_000) / 10_000 }
 // table shows the results.
 func table(out io.Writer, results []Result) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
-	text := "\nscenario\tmode\tnodes\tNIC\timage\tmedian s\tlast s\tratio\tregistry copies\tmost sent\tCPU s\tpeak RSS\t\n"
+	text := "\nscenario\tmode\tnodes\tNIC\timage\tmedian s\tlast s\tratio\tregistry copies\tsays\tmost sent\tCPU s\tpeak RSS\t\n"
 	for _, r := range results {
-		text += fmt.Sprintf("%s\t%s\t%d\t%s\t%s\t%.2f\t%.2f\t%.2f\t%.2f\t%.2f\t%.1f\t%s\t\n",
+		text += fmt.Sprintf("%s\t%s\t%d\t%s\t%s\t%.2f\t%.2f\t%.2f\t%.2f\t%.2f\t%.2f\t%.1f\t%s\t\n",
 			r.Scenario, r.Mode, r.N, rateName(r.Rate), units.BytesSize(float64(r.ImageBytes)), r.MedianS, r.LastS, r.LastRatio,
-			r.RegistryCopies, float64(slices.Max(r.SentBytes))/float64(r.ImageBytes), r.CPUS, units.BytesSize(float64(r.PeakRSSBytes)))
+			r.RegistryCopies, r.RegistryCopiesSaid, float64(slices.Max(r.SentBytes))/float64(r.ImageBytes), r.CPUS, units.BytesSize(float64(r.PeakRSSBytes)))
 	}
 	if _, err := io.WriteString(w, text); err != nil {
 		return fmt.Errorf("table: %w", err)
@@ -120,6 +153,7 @@ func table(out io.Writer, results []Result) error {
 	}
 	_, err := io.WriteString(out, `
 ratio: the last node over a single direct pull on the same NIC; in rolling, small and lone the median node over direct's.
+registry copies: what its NIC sent; says: what it says that it sent, without what TCP sent again.
 most sent: what the busiest node sent to others, in copies of the image.
 `)
 	if err != nil {
@@ -135,9 +169,9 @@ func rateName(rate int) string {
 	return fmt.Sprintf("%d Mbit/s", rate)
 }
 
-// write puts the results into a file; "" for none.
+// write puts the results, if there are any, into a file; "" for none.
 func write(path string, results []Result) error {
-	if path == "" {
+	if path == "" || len(results) == 0 {
 		return nil
 	}
 	data, err := json.MarshalIndent(results, "", "  ")

@@ -12,8 +12,14 @@ import (
 	"github.com/imagewolf/imagewolf/integration/harness"
 )
 
-// cold is the scenario that a smoke run judges.
-const cold = "cold"
+// cold and staggered are the scenarios that a smoke run judges.
+const (
+	cold      = "cold"
+	staggered = "staggered"
+)
+
+// everything stands for all scenarios.
+const everything = "all"
 
 // scenario is one way for nodes to come to an image.
 type scenario struct {
@@ -53,7 +59,7 @@ const stagger = 200 * time.Millisecond
 // scenarios are all of them, in the order in which they run.
 var scenarios = []*scenario{
 	{name: cold, what: "all nodes pull a new image at the same moment", pull: atOnce(0)},
-	{name: "staggered", what: "the same, each node 200 ms after the one before", pull: atOnce(stagger)},
+	{name: staggered, what: "the same, each node 200 ms after the one before", pull: atOnce(stagger)},
 	{name: "warm", what: "one node has the image, the others pull at the same moment", before: onFirst, pull: others},
 	{name: "rolling", what: "node after node", byMedian: true, pull: oneByOne},
 	{name: "update", what: "cold; every node has an image that shares all layers but one", kind: updated, before: olderOnAll, pull: atOnce(0)},
@@ -75,23 +81,24 @@ var scenarios = []*scenario{
 }
 
 // choose returns the scenarios of these names and groups, in their own order;
-// all when there is no name.
+// all when there is no name, or that of everything.
 func choose(names []string) ([]*scenario, error) {
 	var out []*scenario
-	known := map[string]bool{}
+	known := map[string]bool{everything: true}
+	all := len(names) == 0 || slices.Contains(names, everything)
 	for _, s := range scenarios {
 		known[s.name], known[s.group] = true, true
-		if len(names) == 0 || slices.Contains(names, s.name) || s.group != "" && slices.Contains(names, s.group) {
+		if all || slices.Contains(names, s.name) || s.group != "" && slices.Contains(names, s.group) {
 			out = append(out, s)
 		}
 	}
 	for _, n := range names {
 		if !known[n] || n == "" {
-			var all []string
+			var there []string
 			for _, s := range scenarios {
-				all = append(all, s.name)
+				there = append(there, s.name)
 			}
-			return nil, fmt.Errorf("no scenario %q; there are %s", n, strings.Join(all, ", "))
+			return nil, fmt.Errorf("no scenario %q; there are %s, and %s", n, strings.Join(there, ", "), everything)
 		}
 	}
 	return out, nil
