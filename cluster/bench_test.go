@@ -22,7 +22,7 @@ import (
 // are taken for dead. So all clocks go slower than a node's, by slow, and what
 // is reported is in the nodes' time.
 func BenchmarkCrowd(b *testing.B) {
-	for _, n := range []int{100, 500} {
+	for _, n := range []int{100, 200, 500} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			for b.Loop() {
 				measureCrowd(b, n)
