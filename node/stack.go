@@ -121,6 +121,7 @@ func (st *stack) run(ctx context.Context) error {
 	contain := st.node.contain(partGRPC)
 	srv := serve.NewGRPC(0,
 		grpc.Creds(st.node.identity.ServerCredentials()),
+		grpc.MaxConcurrentStreams(tracker.MaxStreams),
 		grpc.StreamInterceptor(contain.Stream),
 		grpc.UnaryInterceptor(contain.Unary),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingedEvery / 2, PermitWithoutStream: true}),

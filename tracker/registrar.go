@@ -19,6 +19,9 @@ const (
 	// Pauses between attempts to reach a tracker.
 	registerRetry    = 500 * time.Millisecond
 	registerRetryMax = 10 * time.Second
+	// registerAgain is when a tracker is told again of everything that had no room for
+	// some of it.
+	registerAgain = time.Minute
 )
 
 // Registrar tells the trackers of the blobs that this node holds that it does,
@@ -152,6 +155,8 @@ type link struct {
 	ctx     context.Context
 	cancel  context.CancelFunc
 	wake    chan struct{} // has room for one: todo is not empty
+	full    chan struct{} // has room for one: the tracker has refused some
+	most    int           // blobs that are registered here
 
 	mu   sync.Mutex
 	want map[digest.Digest]int64 // what the tracker is to know; guarded by mu
@@ -160,18 +165,19 @@ type link struct {
 
 func newLink(ctx context.Context, r *Registrar, t Peer) *link {
 	l := &link{
-		r: r, tracker: t, wake: make(chan struct{}, 1),
+		r: r, tracker: t, wake: make(chan struct{}, 1), full: make(chan struct{}, 1), most: maxOffered,
 		want: map[digest.Digest]int64{}, todo: map[digest.Digest]bool{},
 	}
 	l.ctx, l.cancel = context.WithCancel(ctx)
 	return l
 }
 
-// set makes a blob known, or unknown with size 0.
+// set makes a blob known, or unknown with size 0. One that would be too many for the
+// tracker is not made known; the next time it is set, there may be room.
 func (l *link) set(d digest.Digest, size int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.want[d] == size {
+	if have, ok := l.want[d]; have == size || size > 0 && !ok && len(l.want) >= l.most {
 		return
 	}
 	if size > 0 {
@@ -222,6 +228,13 @@ func (l *link) listen(stream api.Tracker_RegisterClient) error {
 		if err != nil {
 			return err
 		}
+		if n := cmd.GetRefused(); n > 0 {
+			l.r.c.o.Log.Debug("tracker has no room for registrations", "tracker", l.tracker.Name, "blobs", n)
+			select {
+			case l.full <- struct{}{}:
+			default:
+			}
+		}
 		if d := digest.Digest(cmd.GetServe()); l.r.holds(d) {
 			l.r.serve(d)
 		}
@@ -253,6 +266,7 @@ func (l *link) stream() error {
 	l.again()
 	self := &api.Peer{Name: l.r.c.o.Self.Name, Address: l.r.c.o.Self.Address}
 	msg := &api.RegisterMessage{Self: self, Zone: l.r.c.o.Zone}
+	var again <-chan time.Time // nil while nothing was refused
 	for {
 		for more := true; more; {
 			more = l.batch(msg)
@@ -266,6 +280,13 @@ func (l *link) stream() error {
 		}
 		select {
 		case <-l.wake:
+		case <-l.full:
+			if again == nil {
+				again = time.After(registerAgain)
+			}
+		case <-again:
+			again = nil
+			l.again()
 		case err := <-broken:
 			return err
 		}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -26,13 +27,6 @@ const (
 	// queueSlack is how many messages beyond one per segment may wait for a
 	// slow member before its stream is closed.
 	queueSlack = 1024
-	// maxHeld bounds the blobs that one node may register at one tracker.
-	maxHeld = 1 << 20
-	// maxMemberships bounds the blobs that one node is a member of here. A node
-	// exchanges a few dozen at a time, spread over all trackers.
-	maxMemberships = 2048
-	// maxBlobs bounds the blobs that have members or seeders here.
-	maxBlobs = 1 << 22
 )
 
 // ServerOptions is what a Server needs.
@@ -65,9 +59,11 @@ type ServerOptions struct {
 type Counter interface {
 	// ShutOut counts a member that is shut out of a blob for its piece hashes.
 	ShutOut()
-	// Broke counts a member or seeder that is named because it did not do as it
-	// had said, whether it is shut out for that or not.
+	// Broke counts a member or seeder that did not do as it had said, or asked for more
+	// than a node may, whether it is shut out for that or not.
 	Broke()
+	// Full counts what a member was refused because all together have too much.
+	Full()
 	// Mismatched counts a member's report that the bytes of a blob were wrong.
 	Mismatched()
 	// Panicked counts a machine that panicked and was dropped.
@@ -79,6 +75,7 @@ type noCounter struct{}
 
 func (noCounter) ShutOut()    {}
 func (noCounter) Broke()      {}
+func (noCounter) Full()       {}
 func (noCounter) Mismatched() {}
 func (noCounter) Panicked()   {}
 
@@ -94,11 +91,18 @@ type Server struct {
 	ends    atomic.Pointer[<-chan struct{}] // Run's ctx.Done()
 	timers  timers
 
-	// Lock order: a blob's mu, then mu.
-	mu     sync.Mutex
-	done   bool                    // closed is closed; guarded by mu
-	blobs  map[digest.Digest]*blob // guarded by mu
-	joined map[string]int          // guarded by mu: streams by their member's name
+	limits limits
+	named  mentions
+
+	// Lock order: a blob's mu, then mu. The rest is guarded by mu.
+	mu          sync.Mutex
+	done        bool // closed is closed
+	blobs       map[digest.Digest]*blob
+	joined      map[string]memberships // by the member's name
+	members     int                    // memberships of all
+	units       int                    // see maxUnits
+	registrants map[string]*registrant // by the node's name
+	registered  int                    // registrations of all
 }
 
 // NewServer returns a server that answers as soon as it is registered with a
@@ -112,11 +116,13 @@ func NewServer(o ServerOptions) *Server {
 		o.Contain = func(f func()) { f() }
 	}
 	return &Server{
-		o:      o,
-		closed: make(chan struct{}),
-		timers: timers{changed: make(chan struct{}, 1)},
-		blobs:  map[digest.Digest]*blob{},
-		joined: map[string]int{},
+		o:           o,
+		closed:      make(chan struct{}),
+		timers:      timers{changed: make(chan struct{}, 1)},
+		limits:      bounds,
+		blobs:       map[digest.Digest]*blob{},
+		joined:      map[string]memberships{},
+		registrants: map[string]*registrant{},
 	}
 }
 
@@ -125,10 +131,7 @@ func NewServer(o ServerOptions) *Server {
 func (s *Server) Load() (blobs, members int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, n := range s.joined {
-		members += n
-	}
-	return len(s.blobs), members
+	return len(s.blobs), s.members
 }
 
 // Register adds the service to a gRPC server.
@@ -210,17 +213,13 @@ type blob struct {
 	digest digest.Digest
 
 	mu       sync.Mutex
-	dead     bool                    // no longer in the server's map; guarded by mu
-	machine  *Machine                // nil while there are no members; guarded by mu
-	members  map[string]*joinStream  // guarded by mu
-	seeders  map[string]registration // guarded by mu
-	schedule time.Time               // the timer that is set; guarded by mu
-}
-
-// registration is one node's word that it holds the blob.
-type registration struct {
-	stream *registerStream
-	size   int64 // bytes
+	dead     bool                     // no longer in the server's map; guarded by mu
+	machine  *Machine                 // nil while there are no members; guarded by mu
+	units    int                      // of the machine, see maxUnits; guarded by mu
+	members  map[string]*joinStream   // nil before the first; guarded by mu
+	seeders  seeders                  // guarded by mu
+	joins    map[string]*rate.Limiter // how often each name may join while the machine lives; guarded by mu
+	schedule time.Time                // the timer that is set; guarded by mu
 }
 
 // with calls f with the blob locked, and forgets the blob afterwards if
@@ -230,11 +229,7 @@ func (s *Server) with(d digest.Digest, f func(b *blob) error) error {
 		s.mu.Lock()
 		b := s.blobs[d]
 		if b == nil {
-			if len(s.blobs) >= maxBlobs {
-				s.mu.Unlock()
-				return status.Errorf(codes.ResourceExhausted, "too many blobs")
-			}
-			b = &blob{s: s, digest: d, members: map[string]*joinStream{}, seeders: map[string]registration{}}
+			b = &blob{s: s, digest: d}
 			s.blobs[d] = b
 		}
 		s.mu.Unlock()
@@ -262,14 +257,37 @@ func (b *blob) reap() {
 	if len(b.members) > 0 {
 		return
 	}
-	b.machine = nil
-	if len(b.seeders) > 0 {
+	b.close()
+	if b.seeders.len() > 0 {
 		return
 	}
 	b.dead = true
 	b.s.mu.Lock()
 	delete(b.s.blobs, b.digest)
 	b.s.mu.Unlock()
+}
+
+// close drops the machine. b.mu must be held.
+func (b *blob) close() {
+	b.machine, b.members, b.joins = nil, nil, nil
+	b.s.mu.Lock()
+	defer b.s.mu.Unlock()
+	b.s.units -= b.units
+	b.units = 0
+}
+
+// mayJoin says whether a node has not joined this blob again and again, and counts
+// that it does now. b.mu must be held.
+func (b *blob) mayJoin(name string) bool {
+	l := b.joins[name]
+	if l == nil {
+		if b.joins == nil || len(b.joins) >= 2*maxMembers {
+			b.joins = map[string]*rate.Limiter{} // those long gone, for the most part
+		}
+		l = rate.NewLimiter(joinsPerSecond, joinsAtOnce)
+		b.joins[name] = l
+	}
+	return l.Allow()
 }
 
 // handle lets the machine, if there is one, handle an event. One that comes
@@ -301,7 +319,7 @@ func (b *blob) run(event func(m *Machine, now time.Time) ([]Command, error)) err
 			st.end(status.Errorf(codes.Internal, "tracker of %s failed", b.digest))
 			delete(b.members, name)
 		}
-		b.machine = nil
+		b.close()
 		return status.Errorf(codes.Internal, "tracker of %s failed", b.digest)
 	}
 	for _, c := range out {
@@ -342,7 +360,7 @@ func (b *blob) dispatch(c Command) {
 		return
 	}
 	if c.Serve {
-		if r, ok := b.seeders[c.To]; ok && !r.stream.out.put(&api.RegisterCommand{Serve: b.digest.String()}) {
+		if r := b.seeders.get(c.To); r.stream != nil && !r.stream.out.put(&api.RegisterCommand{Serve: b.digest.String()}) {
 			r.stream.end(status.Errorf(codes.ResourceExhausted, "%s does not read", c.To))
 		}
 		return
@@ -367,9 +385,21 @@ func (s *Server) blame(d digest.Digest, c Command) {
 	s.o.Log.Warn(text, "peer", c.To, "digest", d, "reason", c.Reason)
 }
 
-// open makes a machine for members that say the blob has this size, and tells
-// it of the seeders that agree. b.mu must be held.
-func (b *blob) open(size int64) error {
+// open makes a machine for members that say the blob has this size, the first of
+// which has this name, and tells it of the seeders that agree. b.mu must be held.
+func (b *blob) open(name string, size int64) error {
+	units := unitsOfBlob * b.s.o.Layout(size).Segments
+	b.s.mu.Lock()
+	full := b.s.units+units > b.s.limits.units
+	if !full {
+		b.s.units += units
+		b.units = units
+	}
+	b.s.mu.Unlock()
+	if full {
+		b.s.full(name, "segments")
+		return status.Errorf(codes.ResourceExhausted, "too many segments here")
+	}
 	if err := b.run(func(*Machine, time.Time) ([]Command, error) {
 		b.machine = NewMachine(b.digest, size, MachineOptions{
 			StallTimeout: b.s.o.StallTimeout, MaxWait: b.s.o.MaxWait, Members: b.s.o.Members, Layout: b.s.o.Layout,
@@ -379,7 +409,7 @@ func (b *blob) open(size int64) error {
 	}); err != nil {
 		return err
 	}
-	for name, r := range b.seeders {
+	for name, r := range b.seeders.all {
 		if r.size != size {
 			continue
 		}

@@ -229,10 +229,11 @@ func TestPanicCostsOneBlobOnly(t *testing.T) {
 }
 
 // tally is a Counter.
-type tally struct{ shutOut, broke, mismatched, panicked atomic.Int32 }
+type tally struct{ shutOut, broke, full, mismatched, panicked atomic.Int32 }
 
 func (c *tally) ShutOut()    { c.shutOut.Add(1) }
 func (c *tally) Broke()      { c.broke.Add(1) }
+func (c *tally) Full()       { c.full.Add(1) }
 func (c *tally) Mismatched() { c.mismatched.Add(1) }
 func (c *tally) Panicked()   { c.panicked.Add(1) }
 
@@ -420,32 +421,6 @@ func TestServerEndsItsStreams(t *testing.T) {
 			t.Error("a closed tracker takes members")
 		}
 	})
-}
-
-// TestOneMemberCannotJoinEverything: a node that joins blob after blob is
-// refused in the end, and let in again when it has left some.
-func TestOneMemberCannotJoinEverything(t *testing.T) {
-	s := NewServer(ServerOptions{Layout: testLayout})
-	var streams []*joinStream
-	for range maxMemberships {
-		st := &joinStream{name: "a"}
-		if !s.count(st) {
-			t.Fatalf("refused after %d", len(streams))
-		}
-		streams = append(streams, st)
-	}
-	late := &joinStream{name: "a"}
-	if s.count(late) {
-		t.Error("one more was let in")
-	}
-	s.uncount(late)
-	if !s.count(&joinStream{name: "b"}) {
-		t.Error("another node was refused")
-	}
-	s.uncount(streams[0])
-	if !s.count(late) {
-		t.Error("refused although one has left")
-	}
 }
 
 // The panic of a goroutine that serves one stream costs that stream.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -80,9 +81,11 @@ type joinStream struct {
 	name string
 	blob *blob
 	out  *outbox[*api.TrackerMessage]
-	// counted says that the stream is one of its member's; the receiving
-	// goroutine's.
-	counted bool
+	// counted says that the stream is one of its member's, of a blob with so many
+	// segments; the receiving goroutine's, like limit.
+	counted  bool
+	segments int
+	limit    *rate.Limiter // of what it may say
 	// moved says that its member goes on at another tracker; as counted.
 	moved bool
 }
@@ -111,6 +114,9 @@ func (v service) Join(stream api.Tracker_JoinServer) error {
 				if err != nil {
 					return err
 				}
+				if !st.limit.Allow() {
+					return v.s.refuse(st.name, st.blob.digest, manyMessages)
+				}
 				if msg.GetMoved() != nil {
 					st.moved = true
 					return nil
@@ -136,12 +142,17 @@ func (s *Server) join(ctx context.Context, st *joinStream, hello *api.Hello) err
 		return status.Errorf(codes.InvalidArgument, "digest %.200q: %v", hello.GetDigest(), err)
 	}
 	st.name = hello.GetSelf().GetName()
-	if !s.count(st) {
-		return status.Errorf(codes.ResourceExhausted, "%s is a member of %d blobs here already", st.name, maxMemberships)
+	st.segments = s.o.Layout(hello.GetSize()).Segments
+	st.limit = messageLimit(st.segments)
+	if err := s.count(st, d); err != nil {
+		return err
 	}
 	return s.with(d, func(b *blob) error {
+		if !b.mayJoin(st.name) {
+			return s.refuse(st.name, d, manyReturns)
+		}
 		if b.machine == nil {
-			if err := b.open(hello.GetSize()); err != nil {
+			if err := b.open(st.name, hello.GetSize()); err != nil {
 				return err
 			}
 		}
@@ -150,6 +161,9 @@ func (s *Server) join(ctx context.Context, st *joinStream, hello *api.Hello) err
 		}
 		old := b.members[st.name]
 		st.blob = b
+		if b.members == nil {
+			b.members = map[string]*joinStream{}
+		}
 		// The first answer may be one message per segment.
 		st.out.limit += len(b.machine.segs)
 		b.members[st.name] = st
@@ -172,16 +186,40 @@ func (s *Server) join(ctx context.Context, st *joinStream, hello *api.Hello) err
 	})
 }
 
-// count enters a stream, and reports false if its member has too many.
-func (s *Server) count(st *joinStream) bool {
+// memberships is what one node has joined here.
+type memberships struct{ streams, segments int }
+
+// count enters a stream of a blob, unless its member, or all together, have too many.
+func (s *Server) count(st *joinStream, d digest.Digest) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.joined[st.name] >= maxMemberships {
-		return false
+	have := s.joined[st.name]
+	var over, full string
+	switch {
+	case have.streams >= s.limits.memberships:
+		over = manyJoins
+	case have.segments+st.segments > s.limits.segments:
+		over = manySegments
+	case s.members >= s.limits.allMemberships:
+		full = "members"
+	case s.units+st.segments > s.limits.units:
+		full = "segments"
+	default:
+		have.streams++
+		have.segments += st.segments
+		s.joined[st.name] = have
+		s.members++
+		s.units += st.segments
+		st.counted = true
 	}
-	s.joined[st.name]++
-	st.counted = true
-	return true
+	s.mu.Unlock()
+	switch {
+	case over != "":
+		return s.refuse(st.name, d, over)
+	case full != "":
+		s.full(st.name, full)
+		return status.Errorf(codes.ResourceExhausted, "too many %s here", full)
+	}
+	return nil
 }
 
 // uncount is the reverse of count.
@@ -191,7 +229,12 @@ func (s *Server) uncount(st *joinStream) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.joined[st.name]--; s.joined[st.name] == 0 {
+	s.members--
+	s.units -= st.segments
+	have := s.joined[st.name]
+	have.streams--
+	have.segments -= st.segments
+	if s.joined[st.name] = have; have.streams == 0 {
 		delete(s.joined, st.name)
 	}
 }
@@ -212,108 +255,6 @@ func (st *joinStream) leave() {
 			}
 			return m.Leave(now, st.name), nil
 		})
-	}
-	b.reap()
-}
-
-// registerStream is one node's stream of what it holds.
-type registerStream struct {
-	ender
-	name, zone string
-	out        *outbox[*api.RegisterCommand]
-	held       map[digest.Digest]*blob // only the receiving goroutine's
-}
-
-// Register keeps what one node holds for as long as its stream lives.
-func (v service) Register(stream api.Tracker_RegisterServer) error {
-	st := &registerStream{
-		ender: ender{done: make(chan struct{})},
-		out:   newOutbox[*api.RegisterCommand](queueSlack),
-		held:  map[digest.Digest]*blob{},
-	}
-	late := time.AfterFunc(helloTimeout, func() { st.end(status.Error(codes.DeadlineExceeded, "no first message")) })
-	defer late.Stop()
-	ctx := stream.Context()
-	return v.s.serve(ctx, &st.ender,
-		func() error { return st.out.drain(ctx, stream.Send) },
-		func() error {
-			defer func() {
-				for d := range st.held {
-					st.remove(d)
-				}
-			}()
-			for {
-				msg, err := stream.Recv()
-				if err != nil {
-					return err
-				}
-				late.Stop()
-				if err := v.s.register(ctx, st, msg); err != nil {
-					return err
-				}
-			}
-		})
-}
-
-func (s *Server) register(ctx context.Context, st *registerStream, msg *api.RegisterMessage) error {
-	if st.name == "" {
-		name := msg.GetSelf().GetName()
-		if name == "" || len(name) > maxText || len(msg.GetZone()) > maxText {
-			return status.Error(codes.InvalidArgument, "first message without a usable name or zone")
-		}
-		if err := s.checkName(ctx, msg.GetSelf()); err != nil {
-			return err
-		}
-		st.name, st.zone = name, msg.GetZone()
-	}
-	for _, h := range msg.GetAdded() {
-		d, err := digest.Parse(h.GetDigest())
-		if err != nil || h.GetSize() <= 0 || h.GetSize() > maxSize {
-			continue // one odd blob must not cost the node all others
-		}
-		if len(st.held) >= maxHeld {
-			return status.Errorf(codes.ResourceExhausted, "%s registers more than %d blobs", st.name, maxHeld)
-		}
-		if err := s.hold(st, d, h.GetSize()); err != nil {
-			return err
-		}
-	}
-	for _, r := range msg.GetRemoved() {
-		st.remove(digest.Digest(r))
-	}
-	return nil
-}
-
-func (s *Server) hold(st *registerStream, d digest.Digest, size int64) error {
-	return s.with(d, func(b *blob) error {
-		b.seeders[st.name] = registration{stream: st, size: size}
-		st.held[d] = b
-		if b.machine == nil || b.machine.Size() != size {
-			return nil
-		}
-		// A panic in there is the members' trouble, not this stream's.
-		_ = b.run(func(m *Machine, now time.Time) ([]Command, error) {
-			return m.SeederAdded(now, st.name, st.zone), nil
-		})
-		return nil
-	})
-}
-
-// remove takes back one blob, unless a newer stream of the node holds it.
-func (st *registerStream) remove(d digest.Digest) {
-	b := st.held[d]
-	if b == nil {
-		return
-	}
-	delete(st.held, d)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.seeders[st.name].stream != st {
-		return
-	}
-	delete(b.seeders, st.name)
-	if b.machine != nil {
-		_ = b.run(func(m *Machine, now time.Time) ([]Command, error) { return m.SeederRemoved(now, st.name), nil })
 	}
 	b.reap()
 }

@@ -1200,10 +1200,12 @@ func (x *Held) GetSize() int64 {
 	return 0
 }
 
-// RegisterCommand asks a seeder to join the blob's swarm now.
+// RegisterCommand asks a seeder to join the blob's swarm now, or says what was not
+// registered.
 type RegisterCommand struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Serve         string                 `protobuf:"bytes,1,opt,name=serve,proto3" json:"serve,omitempty"` // digest
+	Serve         string                 `protobuf:"bytes,1,opt,name=serve,proto3" json:"serve,omitempty"`      // digest
+	Refused       uint32                 `protobuf:"varint,2,opt,name=refused,proto3" json:"refused,omitempty"` // blobs of one message that were left out, because all nodes together have registered as many as the tracker holds; they may be added again later
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1243,6 +1245,13 @@ func (x *RegisterCommand) GetServe() string {
 		return x.Serve
 	}
 	return ""
+}
+
+func (x *RegisterCommand) GetRefused() uint32 {
+	if x != nil {
+		return x.Refused
+	}
+	return 0
 }
 
 var File_api_v1_tracker_proto protoreflect.FileDescriptor
@@ -1321,9 +1330,10 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\aremoved\x18\x04 \x03(\tR\aremoved\"2\n" +
 	"\x04Held\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"'\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"A\n" +
 	"\x0fRegisterCommand\x12\x14\n" +
-	"\x05serve\x18\x01 \x01(\tR\x05serve2\x9e\x01\n" +
+	"\x05serve\x18\x01 \x01(\tR\x05serve\x12\x18\n" +
+	"\arefused\x18\x02 \x01(\rR\arefused2\x9e\x01\n" +
 	"\aTracker\x12E\n" +
 	"\x04Join\x12\x1b.imagewolf.v1.MemberMessage\x1a\x1c.imagewolf.v1.TrackerMessage(\x010\x01\x12L\n" +
 	"\bRegister\x12\x1d.imagewolf.v1.RegisterMessage\x1a\x1d.imagewolf.v1.RegisterCommand(\x010\x01B3Z1github.com/imagewolf/imagewolf/api/v1;imagewolfv1b\x06proto3"

@@ -84,7 +84,8 @@ func New(now Now, parts ...string) *Metrics {
 	}
 	m.tracker = Tracker{
 		shutOut:    out.WithLabelValues(BadHashes),
-		broke:      m.counter("promises_broken_total", "Members of blobs that this node tracks that did not do as they had said, such as to send what they had announced, or were found wrong by one other member; the log has their names, and says whether they were shut out of the blob."),
+		broke:      m.counter("promises_broken_total", "Members of blobs that this node tracks that did not do as they had said, such as to send what they had announced, or were found wrong by one other member, and times that one was refused because it asked for more than a node may; the log has their names, and says whether they were shut out of the blob."),
+		full:       m.counter("tracker_full_total", "Times that this node as tracker refused a node's blobs because all nodes together have as many here as it can hold."),
 		mismatched: m.counter("tracker_mismatches_total", "Reports to this node as tracker that the bytes of a blob did not have its digest."),
 	}
 	m.store = Store{
@@ -187,13 +188,16 @@ func (s Swarm) Sent(n int) { s.sent.Add(float64(n)) }
 func (s Swarm) ShutOut() { s.shutOut.Inc() }
 
 // Tracker counts what members make known to be wrong.
-type Tracker struct{ shutOut, broke, mismatched prometheus.Counter }
+type Tracker struct{ shutOut, broke, full, mismatched prometheus.Counter }
 
 // ShutOut counts a member that was shut out of a blob for its piece hashes.
 func (t Tracker) ShutOut() { t.shutOut.Inc() }
 
-// Broke counts a member that did not do as it had said.
+// Broke counts a member that did not do as it had said, or asked for more than it may.
 func (t Tracker) Broke() { t.broke.Inc() }
+
+// Full counts what was refused because the tracker is full.
+func (t Tracker) Full() { t.full.Inc() }
 
 // Mismatched counts a report that a blob's bytes were wrong.
 func (t Tracker) Mismatched() { t.mismatched.Inc() }

@@ -40,6 +40,9 @@ func TestCounts(t *testing.T) {
 	m.Tracker().ShutOut()
 	m.Tracker().Mismatched()
 	m.Tracker().Broke()
+	m.Tracker().Full()
+	m.Tracker().Full()
+	m.Tracker().Full()
 	m.Store().Fetched(30)
 	m.Store().Completed()
 	m.Store().Failed()
@@ -62,7 +65,7 @@ func TestCounts(t *testing.T) {
 {reason="bad piece"} 1`,
 		"peer_received_bytes_total": " 10", "peer_sent_bytes_total": " 20", "registry_received_bytes_total": " 30",
 		"blobs_completed_total": " 1", "blobs_failed_total": " 2", "digest_mismatches_total": " 1",
-		"tracker_mismatches_total": " 1", "promises_broken_total": " 1", "members": " 5", "tracker_blobs": " 6", "tracker_members": " 7",
+		"tracker_mismatches_total": " 1", "promises_broken_total": " 1", "tracker_full_total": " 3", "members": " 5", "tracker_blobs": " 6", "tracker_members": " 7",
 		"prefetch_queued": " 8", "prefetch_pulling": " 9", "prefetch_requests_total": " 1", "prefetch_retries_total": " 2",
 		"prefetch_bytes_total": " 40", "node_api_refused_total": " 1",
 		"prefetch_ended_total": `{result="canceled"} 0

@@ -1,0 +1,130 @@
+package tracker
+
+import (
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// What members can make a tracker hold. docs/security.md has the same bounds for
+// operators; the bytes are what the tests of them measure, about.
+const (
+	// maxHeld bounds the blobs that one node registers at one tracker: those of
+	// 13,000 images, in a cluster where one tracker has all of them. About 50 MiB.
+	maxHeld = 1 << 17
+	// maxOffered is how many of its blobs a node registers at one tracker: fewer
+	// than it may, as what it has dropped and what is new may overlap.
+	maxOffered = 100_000
+	// maxRegistered bounds the registrations of all nodes: 10,000 nodes with 1,000
+	// blobs each make 310,000 at one of 32 trackers. About 200 MiB, if no two are of
+	// the same blob.
+	maxRegistered = 1 << 19
+	// maxMemberships bounds the blobs that one node is a member of here. A node
+	// exchanges a few dozen at a time, spread over all trackers.
+	maxMemberships = 2048
+	// maxSegments bounds the segments of the blobs that one node is a member of
+	// here: 80 blobs of 100 GiB. About 32 MiB.
+	maxSegments = 1 << 17
+	// maxMembers bounds one blob's members, and maxAllMemberships those of all blobs.
+	maxAllMemberships = 1 << 16
+	// maxUnits bounds the segments of all blobs under way, each counted once for
+	// every member and unitsOfBlob times for itself, which is what it costs. About
+	// 450 MiB.
+	maxUnits    = 1 << 24
+	unitsOfBlob = 8
+
+	// MaxStreams is how many streams one connection to a tracker needs at most: its
+	// node's memberships, and some for what else it asks.
+	MaxStreams = maxMemberships + 256
+
+	// A member says a few things a second of a blob, and as many at once as the blob
+	// has segments; a node looks at its blob at most 200 times a second.
+	messagesPerSecond = 200
+	messagesAtOnce    = 1024 // and two per segment
+	// A node joins a blob again once a second at most, but for a few times at once.
+	joinsPerSecond = 1
+	joinsAtOnce    = 32
+
+	// maxNamed is how many that were named are remembered, so that each is named once
+	// in nameAgain.
+	maxNamed  = 4096
+	nameAgain = time.Hour
+)
+
+// limits are the bounds on what all streams together hold; tests have smaller ones.
+type limits struct {
+	held, registered            int
+	memberships, allMemberships int
+	segments, units             int
+}
+
+var bounds = limits{
+	held: maxHeld, registered: maxRegistered,
+	memberships: maxMemberships, allMemberships: maxAllMemberships,
+	segments: maxSegments, units: maxUnits,
+}
+
+// Why a node is named that asks for more than the bounds.
+const (
+	manyBlobs    = "it registers more blobs than a node may"
+	manyJoins    = "it is a member of more blobs at once than a node may"
+	manySegments = "the blobs that it is a member of have more segments than a node's may"
+	manyMessages = "it sends more messages than there is to say"
+	manyReturns  = "it joins the blob again and again"
+)
+
+// messageLimit is how many messages a member of a blob with so many segments may send.
+func messageLimit(segments int) *rate.Limiter {
+	return rate.NewLimiter(messagesPerSecond, messagesAtOnce+2*segments)
+}
+
+// refuse ends the stream of a member that asks for more than it may. It is counted
+// each time, and named in the log the first; d is "" if it is about no blob.
+func (s *Server) refuse(name string, d digest.Digest, reason string) error {
+	s.o.Counter.Broke()
+	if s.named.first(name, reason) {
+		attrs := []any{"peer", name, "reason", reason}
+		if d != "" {
+			attrs = append(attrs, "digest", d)
+		}
+		s.o.Log.Warn("member did not do as it said", attrs...)
+	}
+	return status.Errorf(codes.ResourceExhausted, "%s: %s", name, reason)
+}
+
+// full notes that a node is refused because of what all nodes have here together,
+// which is not its fault.
+func (s *Server) full(name, what string) {
+	s.o.Counter.Full()
+	if s.named.first(name, what) {
+		s.o.Log.Warn("tracker holds as much as it can, member refused", "peer", name, "what", what)
+	}
+}
+
+// mentions remembers who has been named for what. It is safe for concurrent use.
+type mentions struct {
+	mu sync.Mutex
+	at map[mention]time.Time // guarded by mu
+}
+
+type mention struct{ name, reason string }
+
+// first says whether a name has not been mentioned for this for a while, and notes it.
+func (m *mentions) first(name, reason string) bool {
+	now := time.Now()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	k := mention{name, reason}
+	if at, ok := m.at[k]; ok && now.Sub(at) < nameAgain {
+		return false
+	}
+	if m.at == nil || len(m.at) >= maxNamed {
+		m.at = map[mention]time.Time{} // named twice rather than held for ever
+	}
+	m.at[k] = now
+	return true
+}
