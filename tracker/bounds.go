@@ -1,6 +1,7 @@
 package tracker
 
 import (
+	"context"
 	"sync"
 	"time"
 
@@ -37,6 +38,11 @@ const (
 	maxUnits    = 1 << 24
 	unitsOfBlob = 8
 
+	// maxSilent bounds the streams of one node that have not said who they are about,
+	// and maxAllSilent those of all: a node says it as it opens them.
+	maxSilent    = 256
+	maxAllSilent = 8192
+
 	// MaxStreams is how many streams one connection to a tracker needs at most: its
 	// node's memberships, and some for what else it asks.
 	MaxStreams = maxMemberships + 256
@@ -60,12 +66,14 @@ type limits struct {
 	held, registered            int
 	memberships, allMemberships int
 	segments, units             int
+	silent, allSilent           int
 }
 
 var bounds = limits{
 	held: maxHeld, registered: maxRegistered,
 	memberships: maxMemberships, allMemberships: maxAllMemberships,
 	segments: maxSegments, units: maxUnits,
+	silent: maxSilent, allSilent: maxAllSilent,
 }
 
 // Why a node is named that asks for more than the bounds.
@@ -75,6 +83,7 @@ const (
 	manySegments = "the blobs that it is a member of have more segments than a node's may"
 	manyMessages = "it sends more messages than there is to say"
 	manyReturns  = "it joins the blob again and again"
+	manySilent   = "it opens more streams at once than it says what for"
 )
 
 // messageLimit is how many messages a member of a blob with so many segments may send.
@@ -94,6 +103,38 @@ func (s *Server) refuse(name string, d digest.Digest, reason string) error {
 		s.o.Log.Warn("member did not do as it said", attrs...)
 	}
 	return status.Errorf(codes.ResourceExhausted, "%s: %s", name, reason)
+}
+
+// greet counts a stream that has yet to send its first message; spoken, which may be
+// called more than once, counts it no more. Where certificates prove no names, one node
+// may have as many such streams as all.
+func (s *Server) greet(ctx context.Context) (spoken func(), err error) {
+	name := ""
+	if s.o.PeerName != nil {
+		name, _ = s.o.PeerName(ctx)
+	}
+	s.mu.Lock()
+	over, full := name != "" && s.silent[name] >= s.limits.silent, s.allSilent >= s.limits.allSilent
+	if !over && !full {
+		s.silent[name]++
+		s.allSilent++
+	}
+	s.mu.Unlock()
+	switch {
+	case over:
+		return nil, s.refuse(name, "", manySilent)
+	case full:
+		s.full(name, "streams")
+		return nil, status.Error(codes.ResourceExhausted, "too many streams here")
+	}
+	return sync.OnceFunc(func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.allSilent--
+		if s.silent[name]--; s.silent[name] == 0 {
+			delete(s.silent, name)
+		}
+	}), nil
 }
 
 // full notes that a node is refused because of what all nodes have here together,

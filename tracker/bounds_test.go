@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -493,6 +494,41 @@ func TestSeeders(t *testing.T) {
 			t.Fatalf("step %d: %s is %v", i, name, r)
 		}
 	}
+}
+
+// One that opens streams and says nothing is refused and named; others are not, and
+// nor is it once it has said something.
+func TestSilentStreamsAreBounded(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		b := serveBounded(n, func(l *limits) { l.silent, l.allSilent = 3, 5 })
+		var caller atomic.Value
+		caller.Store("liar")
+		b.s.o.PeerName = func(context.Context) (string, bool) { return caller.Load().(string), true } //nolint:errcheck // it is one
+		for range 4 {
+			rawJoin(t, n)
+			synctest.Wait()
+		}
+		if n, c := b.named("liar", manySilent), b.counted.broke.Load(); n != 1 || c != 1 {
+			t.Errorf("named %d times, counted %d times", n, c)
+		}
+		caller.Store("honest")
+		for range 5 {
+			if _, err := rawJoin(t, n, helloOf("honest", nil)).Recv(); err != nil {
+				t.Errorf("others are refused: %v", err)
+			}
+		}
+		rawJoin(t, n)
+		rawJoin(t, n)
+		synctest.Wait()
+		if _, err := rawJoin(t, n).Recv(); status.Code(err) != codes.ResourceExhausted || b.counted.full.Load() != 1 {
+			t.Errorf("all together: %v; counted %d", err, b.counted.full.Load())
+		}
+		time.Sleep(helloTimeout) // virtual
+		synctest.Wait()
+		if b.s.allSilent != 0 || len(b.s.silent) != 0 {
+			t.Errorf("%d are counted for ever, %v", b.s.allSilent, b.s.silent)
+		}
+	})
 }
 
 // What is remembered of those that were named is bounded.

@@ -105,6 +105,11 @@ func (v service) Register(stream api.Tracker_RegisterServer) error {
 	return v.s.serve(ctx, &st.ender,
 		func() error { return st.out.drain(ctx, stream.Send) },
 		func() error {
+			spoken, err := v.s.greet(ctx)
+			if err != nil {
+				return err
+			}
+			defer spoken()
 			defer v.s.retire(st)
 			defer func() {
 				for d := range st.held {
@@ -116,6 +121,7 @@ func (v service) Register(stream api.Tracker_RegisterServer) error {
 				if err != nil {
 					return err
 				}
+				spoken()
 				late.Stop()
 				if err := v.s.register(ctx, st, msg); err != nil {
 					return err

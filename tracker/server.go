@@ -103,6 +103,8 @@ type Server struct {
 	units       int                    // see maxUnits
 	registrants map[string]*registrant // by the node's name
 	registered  int                    // registrations of all
+	silent      map[string]int         // streams without a first message by their node's name, "" if not known
+	allSilent   int                    // those of all
 }
 
 // NewServer returns a server that answers as soon as it is registered with a
@@ -123,6 +125,7 @@ func NewServer(o ServerOptions) *Server {
 		blobs:       map[digest.Digest]*blob{},
 		joined:      map[string]memberships{},
 		registrants: map[string]*registrant{},
+		silent:      map[string]int{},
 	}
 }
 

@@ -99,10 +99,16 @@ func (v service) Join(stream api.Tracker_JoinServer) error {
 	return v.s.serve(ctx, &st.ender,
 		func() error { return st.out.drain(ctx, stream.Send) },
 		func() error {
+			spoken, err := v.s.greet(ctx)
+			if err != nil {
+				return err
+			}
+			defer spoken()
 			msg, err := stream.Recv()
 			if err != nil {
 				return err
 			}
+			spoken()
 			late.Stop()
 			defer v.s.uncount(st)
 			if err := v.s.join(ctx, st, msg.GetHello()); err != nil {

@@ -128,6 +128,14 @@ func (p *Process) RSS() (int64, error) { return p.memory("VmRSS") }
 // PeakRSS returns the most resident memory that the process has had, in bytes.
 func (p *Process) PeakRSS() (int64, error) { return p.memory("VmHWM") }
 
+// ForgetPeak has PeakRSS begin anew, at what is resident now.
+func (p *Process) ForgetPeak() error {
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", p.Pid()), []byte("5"), 0); err != nil {
+		return fmt.Errorf("peak memory of %s: %w", p.name, err)
+	}
+	return nil
+}
+
 func (p *Process) memory(field string) (int64, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Pid()))
 	if err != nil {
