@@ -47,6 +47,7 @@ type DataPort struct {
 	torrent  *portListener
 	refused  rate.Sometimes // keeps strangers from filling the log
 	full     rate.Sometimes
+	places   places
 	contain  func(work func()) // see Contain
 }
 
@@ -63,6 +64,7 @@ func NewDataPort(l net.Listener, id *Identity, members Membership, log *slog.Log
 		torrent:  newPortListener(l.Addr()),
 		refused:  rate.Sometimes{First: 3, Interval: 10 * time.Second},
 		full:     rate.Sometimes{First: 3, Interval: 10 * time.Second},
+		places:   places{max: maxConns},
 		contain:  func(work func()) { work() },
 	}
 }
@@ -130,8 +132,9 @@ func (p *DataPort) Run(ctx context.Context) error {
 }
 
 // admit checks who is there and hands the connection on.
-func (p *DataPort) admit(ctx context.Context, raw net.Conn) {
-	Tune(raw, deadAfter)
+func (p *DataPort) admit(ctx context.Context, tcp net.Conn) {
+	Tune(tcp, deadAfter)
+	raw := &placedConn{Conn: tcp}
 	conn := tls.Server(raw, p.identity.ServerTLS(ProtoGRPC, ProtoBitTorrent))
 	shake, cancel := context.WithTimeout(ctx, p.patience)
 	defer cancel()
@@ -144,7 +147,8 @@ func (p *DataPort) admit(ctx context.Context, raw net.Conn) {
 		}
 		return
 	}
-	if peer := conn.ConnectionState().PeerCertificates[0]; !p.member(ctx, fingerprint(peer)) {
+	peer := conn.ConnectionState().PeerCertificates[0]
+	if !p.member(ctx, fingerprint(peer)) {
 		_ = raw.Close() // the peer is told nothing at all
 		if ctx.Err() == nil {
 			p.refused.Do(func() {
@@ -152,6 +156,14 @@ func (p *DataPort) admit(ctx context.Context, raw net.Conn) {
 					"remote", raw.RemoteAddr(), "name", peer.Subject.CommonName)
 			})
 		}
+		return
+	}
+	if !p.places.take(fingerprint(peer), raw) {
+		_ = raw.Close()
+		p.full.Do(func() {
+			p.log.Warn("data port: member has too many connections, one more dropped",
+				"name", peer.Subject.CommonName, "remote", raw.RemoteAddr(), "most", p.places.max)
+		})
 		return
 	}
 	queue := p.torrent

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"strings"
@@ -307,6 +308,71 @@ func TestSilentStrangersAreBounded(t *testing.T) {
 	eventually(t, "the slot is given back, just after the connection has ended", func() bool { return len(p.slots) == 0 })
 	if got := greeting(t, keyed(t, key, "a"), p); got != "hello a" {
 		t.Errorf("after the strangers a member hears %q", got)
+	}
+}
+
+// A member keeps so many connections open and no more, whatever their protocol; others
+// do not notice, and one that is closed makes room.
+func TestConnectionsOfAMemberAreBounded(t *testing.T) {
+	key := GenerateKey()
+	said := newRecorder(slog.LevelWarn)
+	p := openPort(t, keyed(t, key, "server"), func(p *DataPort) {
+		p.places.max = 3
+		p.log = slog.New(said)
+	})
+	flood, other := keyed(t, key, "flood"), keyed(t, key, "other")
+	dial := func(id *Identity, proto string) error {
+		conn, err := id.Dial(t.Context(), p.listener.Addr().String(), proto)
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { _ = conn.Close() }) // perhaps from the other side already
+		return nil
+	}
+	var kept []net.Conn
+	for _, proto := range []string{ProtoBitTorrent, ProtoGRPC, ProtoBitTorrent} {
+		if err := dial(flood, proto); err != nil {
+			t.Fatal(err)
+		}
+		l := p.BitTorrent()
+		if proto == ProtoGRPC {
+			l = p.GRPC()
+		}
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept = append(kept, conn)
+	}
+	_ = dial(flood, ProtoBitTorrent) // the handshake may be through before the port hangs up
+	said.await(t, "too many connections, one more dropped name=flood")
+	if err := dial(other, ProtoBitTorrent); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := p.BitTorrent().Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if name := conn.(*tls.Conn).ConnectionState().PeerCertificates[0].Subject.CommonName; name != "other" {
+		t.Errorf("%s is let in", name)
+	}
+	for range 2 {
+		_ = kept[0].Close() // twice: one place
+	}
+	_ = conn.Close()
+	if err := dial(flood, ProtoBitTorrent); err != nil {
+		t.Fatal(err)
+	}
+	if conn, err = p.BitTorrent().Accept(); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range append(kept[1:], conn) {
+		_ = c.Close()
+	}
+	p.places.mu.Lock()
+	defer p.places.mu.Unlock()
+	if len(p.places.open) != 0 {
+		t.Errorf("places are taken for ever: %v", p.places.open)
 	}
 }
 
