@@ -38,14 +38,14 @@ const (
 	maxUnits    = 1 << 24
 	unitsOfBlob = 8
 
-	// maxSilent bounds the streams of one node that have not said who they are about,
-	// and maxAllSilent those of all: a node says it as it opens them.
-	maxSilent    = 256
-	maxAllSilent = 8192
-
 	// MaxStreams is how many streams one connection to a tracker needs at most: its
 	// node's memberships, and some for what else it asks.
 	MaxStreams = maxMemberships + 256
+	// maxSilent bounds the streams of one node that have not said what for, over
+	// however many connections, and maxAllSilent those of all. A node says it as it
+	// opens them, but a tracker may be slow to read it.
+	maxSilent    = MaxStreams
+	maxAllSilent = 4 * maxSilent
 
 	// A member says a few things a second of a blob, and as many at once as the blob
 	// has segments; a node looks at its blob at most 200 times a second.
