@@ -2,12 +2,10 @@ package integration
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -22,6 +20,8 @@ const (
 	// usualExtra is how much longer a pull may take for a fault: three seconds
 	// and the stall timeout.
 	usualExtra = 3*time.Second + 2*time.Second
+	// stoppedExtra is the same where a daemon says goodbye: nobody waits for a timeout.
+	stoppedExtra = 1500 * time.Millisecond
 	// usualCopies may leave the registry at most.
 	usualCopies = 1.2
 )
@@ -45,8 +45,12 @@ type fault struct {
 	extra time.Duration
 	// copies may leave the registry at most; 0: usualCopies.
 	copies float64
-	// tries is how many pulls may be tried again; 0: all, if any may.
+	// tries is how many pulls may fail once.
 	tries int
+	// goesOn is a byte of the first layer that the others surely have when the fault
+	// happens: none of them asks the registry for one before it afterwards; 0: they
+	// need not ask.
+	goesOn int64
 	// after has more to check, when all is mended; may be nil.
 	after func(ctx context.Context, r *faultRun)
 }
@@ -60,12 +64,11 @@ type faultRun struct {
 	layer   string        // the first layer's digest
 	fetcher *harness.Node // of that layer
 	lost    []*harness.Node
-	retry   bool                            // a pull may fail once
-	tried   int                             // pulls that did
+	struck  time.Time                       // when act was called
 	first   *harness.Node                   // whose pull begins before the others', and fetches; may be nil
 	clocks  map[*harness.Node]time.Duration // how far they are ahead, where that was set
 	undo    []func() error
-	note    []string
+	line    *faultRecord
 }
 
 // lose says that nothing is expected of a node until all is mended.
@@ -75,9 +78,7 @@ func (r *faultRun) lose(nodes ...*harness.Node) { r.lost = append(r.lost, nodes.
 func (r *faultRun) mend(f func() error) { r.undo = append(r.undo, f) }
 
 // say adds to the report.
-func (r *faultRun) say(format string, args ...any) {
-	r.note = append(r.note, fmt.Sprintf(format, args...))
-}
+func (r *faultRun) say(format string, args ...any) { r.line.say(format, args...) }
 
 // faultSite is six nodes and a registry, each a machine of its own.
 type faultSite struct {
@@ -86,16 +87,6 @@ type faultSite struct {
 	registry *harness.Machine
 	machines []*harness.Machine
 	without  map[string]time.Duration // seconds of a pull without a fault, by image
-}
-
-// faultRecord is one line of the report.
-type faultRecord struct {
-	Fault          string  `json:"fault"`
-	OK             bool    `json:"ok"`
-	Seconds        float64 `json:"seconds"`
-	SecondsWithout float64 `json:"seconds_without"`
-	RegistryCopies float64 `json:"registry_copies"`
-	Note           string  `json:"note"`
 }
 
 // machine returns the machine of a node.
@@ -155,41 +146,6 @@ func newFaultSite(t *testing.T, version string, change func(s *faultSite, o *har
 	return s
 }
 
-// report is what FAULTS_JSON gets.
-var report []*faultRecord
-
-// record adds a line to the report, for the caller to fill. It is there however the
-// test ends, and is right unless that fails. A fault with containerd 1.7 is one of
-// its own.
-func record(t *testing.T, fault, version string) *faultRecord {
-	t.Helper()
-	if version != harness.V2 {
-		fault += ", containerd " + version
-	}
-	r := &faultRecord{Fault: fault}
-	report = append(report, r)
-	t.Cleanup(func() { r.OK = !t.Failed() })
-	return r
-}
-
-// timed returns what fills in how long something took until then.
-func timed(line *faultRecord) func() {
-	began := time.Now()
-	return func() { line.Seconds = time.Since(began).Seconds() }
-}
-
-// writeReport writes the report to a file; "" for none.
-func writeReport(file string) error {
-	if file == "" {
-		return nil
-	}
-	data, err := json.MarshalIndent(report, "", "  ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(file, append(data, '\n'), 0o644)
-}
-
 // TestFaults: whatever fails while six nodes pull an image, the pull ends well
 // and soon, and the registry sends little more than one copy. FAULTS=all has all
 // of them, and with containerd 1.7 the quick ones; else 1.7 has the first only. Those
@@ -198,23 +154,39 @@ func TestFaults(t *testing.T) {
 	all := os.Getenv("FAULTS") == "all"
 	for _, v := range []string{harness.V2, harness.V17} {
 		t.Run(v, func(t *testing.T) {
-			s := newFaultSite(t, v, nil)
+			var chosen []fault
 			for i, f := range faults {
 				if v == harness.V2 && (all || f.quick) || v == harness.V17 && f.quick && (all || i == 0) {
-					t.Run(f.name, func(t *testing.T) { s.run(t, f) })
+					chosen = append(chosen, f)
 				}
 			}
+			happen(t, v, chosen, nil)
 		})
 	}
 	if all {
 		t.Run("clocks", func(t *testing.T) {
 			wolf, err := harness.BuildClocked(t.Context(), env, "..")
 			must(t, err)
-			s := newFaultSite(t, harness.V2, func(_ *faultSite, o *harness.ClusterOptions) { o.Name, o.Clocked = "clock", wolf })
-			for _, f := range clockFaults {
-				t.Run(f.name, func(t *testing.T) { s.run(t, f) })
-			}
+			happen(t, harness.V2, clockFaults, func(_ *faultSite, o *harness.ClusterOptions) { o.Name, o.Clocked = "clock", wolf })
 		})
+	}
+}
+
+// happen lets faults happen, one after the other, on nodes of their own. If those do
+// not start, the report says so of each.
+func happen(t *testing.T, version string, chosen []fault, change func(s *faultSite, o *harness.ClusterOptions)) {
+	t.Helper()
+	var s *faultSite
+	defer func() {
+		if s == nil {
+			for _, f := range chosen {
+				record(t, f.name, version).say("the nodes did not start")
+			}
+		}
+	}()
+	s = newFaultSite(t, version, change)
+	for _, f := range chosen {
+		t.Run(f.name, func(t *testing.T) { s.run(t, f) })
 	}
 }
 
@@ -226,7 +198,7 @@ func (s *faultSite) run(t *testing.T, f fault) {
 	registry.Behave(harness.Behavior{})
 	must(t, s.Heal(ctx))
 	without := s.baseline(ctx, t, f)
-	r := &faultRun{T: t, faultSite: s, ns: "faults", img: image(ctx, t, f.sizes()...)}
+	r := &faultRun{T: t, faultSite: s, ns: "faults", img: image(ctx, t, f.sizes()...), line: line}
 	r.layer = r.img.Layer(0)
 	t.Cleanup(func() {
 		registry.Behave(harness.Behavior{})
@@ -245,33 +217,42 @@ func (s *faultSite) run(t *testing.T, f fault) {
 	began, pulls := r.pull(ctx)
 	if f.act != nil {
 		r.fetcher = (&world{Cluster: s.Cluster}).nodeOf(t, reached(ctx, t, r.layer, 5*mib))
+		r.struck = time.Now()
 		f.act(ctx, r)
 	}
+	r.end(ctx, f, pulls)
+	took := time.Since(began)
+	line.Seconds, line.SecondsWithout, line.RegistryCopies = took.Seconds(), without.Seconds(), copies(r.img)
+	r.judge(f, took, without)
+	s.recover(ctx, r, pulls)
+	if f.after != nil {
+		f.after(ctx, r)
+	}
+	t.Logf("%.1f s (%.1f s without), registry copies %.3f; %s", line.Seconds, line.SecondsWithout, line.RegistryCopies, line.Note)
+}
+
+// end waits for the pulls of the nodes that are not lost. As many as the fault says
+// may fail, once.
+func (r *faultRun) end(ctx context.Context, f fault, pulls []*pulling) {
+	tried := 0
 	for _, p := range pulls {
 		if slices.Contains(r.lost, p.node) {
 			continue
 		}
 		err := <-p.done
-		if err != nil && r.retry {
-			r.tried++
+		if err != nil && f.tries > 0 {
+			tried++
 			r.say("%s tried again", p.node.Name)
-			t.Logf("%s tries again: %v", p.node.Name, err)
+			r.Logf("%s tries again: %v", p.node.Name, err)
 			err = p.node.Pull(ctx, r.ns, r.img.Ref)
 		}
 		if err != nil {
-			t.Errorf("pull on %s: %v", p.node.Name, err)
+			r.Errorf("pull on %s: %v", p.node.Name, err)
 		}
 	}
-	took := time.Since(began)
-	copies := float64(registry.Bytes("")) / float64(r.img.Bytes())
-	line.Seconds, line.SecondsWithout, line.RegistryCopies = took.Seconds(), without.Seconds(), copies
-	r.judge(f, took, without, copies)
-	s.recover(ctx, r, pulls)
-	if f.after != nil {
-		f.after(ctx, r)
+	if tried > f.tries {
+		r.Errorf("%d pulls failed once, more than %d", tried, f.tries)
 	}
-	line.Note = strings.Join(r.note, "; ")
-	t.Logf("%.1f s (%.1f s without), registry copies %.3f; %s", took.Seconds(), without.Seconds(), copies, line.Note)
 }
 
 // pull starts the pulls on all nodes, and says when those of all but the first
@@ -286,7 +267,7 @@ func (r *faultRun) pull(ctx context.Context) (began time.Time, pulls []*pulling)
 }
 
 // judge holds the figures against the bounds.
-func (r *faultRun) judge(f fault, took, without time.Duration, copies float64) {
+func (r *faultRun) judge(f fault, took, without time.Duration) {
 	extra, most := f.extra, f.copies
 	if extra == 0 {
 		extra = usualExtra
@@ -297,11 +278,29 @@ func (r *faultRun) judge(f fault, took, without time.Duration, copies float64) {
 	if took > without+extra {
 		r.Errorf("took %.1f s, %.1f s without the fault: more than %s longer", took.Seconds(), without.Seconds(), extra)
 	}
-	if f.tries > 0 && r.tried > f.tries {
-		r.Errorf("%d pulls failed once, more than %d", r.tried, f.tries)
+	if sent := copies(r.img); sent > most {
+		r.Errorf("the registry sent %.3f copies, more than %.2f", sent, most)
 	}
-	if copies > most {
-		r.Errorf("the registry sent %.3f copies, more than %.2f", copies, most)
+	if f.goesOn > 0 {
+		r.wentOn(f.goesOn)
+	}
+}
+
+// wentOn fails the test unless another node than the fetcher has asked the registry
+// for the rest of the layer since the fault, and none for what was there.
+func (r *faultRun) wentOn(there int64) {
+	later := slices.DeleteFunc(registry.Gets(r.layer), func(q harness.Request) bool {
+		return q.Node == r.fetcher.Name || q.Time.Before(r.struck)
+	})
+	if len(later) == 0 {
+		r.Errorf("nobody asked the registry for the rest of the layer")
+	}
+	for _, q := range later {
+		k := from(r.T, q)
+		r.say("%s went on from %.1f MiB", q.Node, float64(k)/mib)
+		if k < there {
+			r.Errorf("%s asked for the layer from byte %d, and %d were there", q.Node, k, there)
+		}
 	}
 }
 

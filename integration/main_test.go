@@ -50,12 +50,11 @@ func setUp(m *testing.M) (code int) {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	code = m.Run()
 	if err := writeReport(os.Getenv("FAULTS_JSON")); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	return code
+	return m.Run()
 }
 
 // world is what one scenario runs in: the cluster of one containerd version,
@@ -77,6 +76,19 @@ var startErrs sync.Map
 // on a cluster of four nodes in good health.
 func each(t *testing.T, scenario func(ctx context.Context, t *testing.T, w *world), versions ...string) {
 	t.Helper()
+	eachOf(t, "", func(ctx context.Context, t *testing.T, w *world, _ *faultRecord) { scenario(ctx, t, w) }, versions...)
+}
+
+// eachFault is each for something that fails, of which the report has a line also
+// when the cluster does not start or heal.
+func eachFault(t *testing.T, fault string, scenario func(ctx context.Context, t *testing.T, w *world, line *faultRecord), versions ...string) {
+	t.Helper()
+	eachOf(t, fault, scenario, versions...)
+}
+
+// eachOf is eachFault; a fault of "" leaves the report to the scenario.
+func eachOf(t *testing.T, fault string, scenario func(ctx context.Context, t *testing.T, w *world, line *faultRecord), versions ...string) {
+	t.Helper()
 	if len(versions) == 0 {
 		versions = []string{harness.V2, harness.V17}
 	}
@@ -84,10 +96,21 @@ func each(t *testing.T, scenario func(ctx context.Context, t *testing.T, w *worl
 		t.Run(v, func(t *testing.T) {
 			ctx, cancel := context.WithTimeoutCause(t.Context(), 90*time.Second, errors.New("the scenario takes too long"))
 			defer cancel()
+			var line *faultRecord
+			if fault != "" {
+				line = record(t, fault, v)
+			}
+			lame := func(err error) {
+				if line == nil {
+					line = record(t, strings.TrimSuffix(t.Name(), "/"+v), v)
+				}
+				line.say("the nodes are not well: %.200s", err)
+				t.Fatalf("the cluster: %v", err)
+			}
 			registry.Behave(harness.Behavior{})
 			c, err := clusterOf(v)
 			if err != nil {
-				t.Fatal(err)
+				lame(err)
 			}
 			ns := strings.ToLower(strings.Split(t.Name(), "/")[0])
 			t.Cleanup(func() {
@@ -101,10 +124,10 @@ func each(t *testing.T, scenario func(ctx context.Context, t *testing.T, w *worl
 				}
 			})
 			if err := c.Heal(ctx); err != nil {
-				t.Fatalf("healing the cluster: %v", err)
+				lame(err)
 			}
 			registry.Reset()
-			scenario(ctx, t, &world{Cluster: c, version: v, ns: ns})
+			scenario(ctx, t, &world{Cluster: c, version: v, ns: ns}, line)
 		})
 	}
 }
