@@ -220,8 +220,7 @@ func (s *faultSite) run(t *testing.T, f fault) {
 		r.struck = time.Now()
 		f.act(ctx, r)
 	}
-	r.end(ctx, f, pulls)
-	took := time.Since(began)
+	took := r.end(ctx, f, pulls).Sub(began)
 	line.Seconds, line.SecondsWithout, line.RegistryCopies = took.Seconds(), without.Seconds(), copies(r.img)
 	r.judge(f, took, without)
 	s.recover(ctx, r, pulls)
@@ -231,9 +230,10 @@ func (s *faultSite) run(t *testing.T, f fault) {
 	t.Logf("%.1f s (%.1f s without), registry copies %.3f; %s", line.Seconds, line.SecondsWithout, line.RegistryCopies, line.Note)
 }
 
-// end waits for the pulls of the nodes that are not lost. As many as the fault says
-// may fail, once.
-func (r *faultRun) end(ctx context.Context, f fault, pulls []*pulling) {
+// end waits for the pulls of the nodes that are not lost, and says when the last of
+// them was through, which may have been before the fault was over. As many as the
+// fault says may fail, once.
+func (r *faultRun) end(ctx context.Context, f fault, pulls []*pulling) (last time.Time) {
 	tried := 0
 	for _, p := range pulls {
 		if slices.Contains(r.lost, p.node) {
@@ -245,14 +245,19 @@ func (r *faultRun) end(ctx context.Context, f fault, pulls []*pulling) {
 			r.say("%s tried again", p.node.Name)
 			r.Logf("%s tries again: %v", p.node.Name, err)
 			err = p.node.Pull(ctx, r.ns, r.img.Ref)
+			p.ended = time.Now()
 		}
 		if err != nil {
 			r.Errorf("pull on %s: %v", p.node.Name, err)
+		}
+		if p.ended.After(last) {
+			last = p.ended
 		}
 	}
 	if tried > f.tries {
 		r.Errorf("%d pulls failed once, more than %d", tried, f.tries)
 	}
+	return last
 }
 
 // pull starts the pulls on all nodes, and says when those of all but the first

@@ -25,6 +25,7 @@ var (
 
 func TestMain(m *testing.M) {
 	harness.BeRegistry()
+	knockOnly()
 	os.Exit(setUp(m))
 }
 
@@ -238,8 +239,9 @@ func must(t *testing.T, err error) {
 
 // pulling is a pull in the background.
 type pulling struct {
-	node *harness.Node
-	done chan error // gets the pull's result, once
+	node  *harness.Node
+	done  chan error // gets the pull's result, once
+	ended time.Time  // to be read when done has been
 }
 
 // pull starts to pull an image on nodes, in the background.
@@ -247,7 +249,11 @@ func pull(ctx context.Context, ns, ref string, nodes ...*harness.Node) []*pullin
 	var out []*pulling
 	for _, n := range nodes {
 		p := &pulling{node: n, done: make(chan error, 1)}
-		go func() { p.done <- n.Pull(ctx, ns, ref) }()
+		go func() {
+			err := n.Pull(ctx, ns, ref)
+			p.ended = time.Now()
+			p.done <- err
+		}()
 		out = append(out, p)
 	}
 	return out

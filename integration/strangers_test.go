@@ -19,7 +19,13 @@ import (
 	"math/big"
 	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -40,6 +46,7 @@ type visit struct {
 	img    *harness.Image
 	member *cluster.Identity // made with the cluster's key, known to no node
 	other  *cluster.Identity // of another cluster
+	line   *faultRecord
 }
 
 // strangers are those who do not belong, each with what it tries.
@@ -81,15 +88,8 @@ var strangers = []struct {
 	}},
 	{"gossip with another key", func(v *visit) { v.gossip(v.other.GossipKeys()[0]) }},
 	{"gossip without a key", func(v *visit) { v.gossip(nil) }},
-	{"another user at the unix socket", func(v *visit) {
-		for _, n := range v.Nodes {
-			info, err := os.Stat(n.Wolf.Socket())
-			must(v.T, err)
-			if info.Mode().Perm() != 0o600 {
-				v.Errorf("%s's socket has mode %s", n.Name, info.Mode())
-			}
-		}
-	}},
+	{"another user at the unix sockets", (*visit).otherUser},
+	{"1,000 connections that say nothing", (*visit).halfOpen},
 	{"a node without the private image's credentials", (*visit).unauthorized},
 }
 
@@ -98,9 +98,8 @@ var strangers = []struct {
 func TestStrangers(t *testing.T) {
 	for _, s := range strangers {
 		t.Run(s.name, func(t *testing.T) {
-			each(t, func(ctx context.Context, t *testing.T, w *world) {
-				line := record(t, "stranger: "+s.name, w.version)
-				v := &visit{T: t, world: w, img: image(ctx, t, 4)}
+			eachFault(t, "stranger: "+s.name, func(ctx context.Context, t *testing.T, w *world, line *faultRecord) {
+				v := &visit{T: t, world: w, img: image(ctx, t, 4), line: line}
 				var err error
 				v.member, err = cluster.LoadIdentity(cluster.IdentityOptions{ClusterKey: w.Key, NodeName: "stranger", Log: slog.New(slog.DiscardHandler)})
 				must(t, err)
@@ -110,7 +109,9 @@ func TestStrangers(t *testing.T) {
 				must(t, err)
 				began := time.Now()
 				s.try(v)
-				line.Seconds = time.Since(began).Seconds()
+				if line.Seconds == unmeasured {
+					line.Seconds = time.Since(began).Seconds()
+				}
 				if said(w.Nodes, "node joined", "name=stranger") {
 					t.Error("the stranger has become a member")
 				}
@@ -118,6 +119,10 @@ func TestStrangers(t *testing.T) {
 				registry.Reset()
 				must(t, w.Nodes[2].Pull(ctx, w.ns, v.img.Ref))
 				sent(t, 0)
+				if line.RegistryCopies == unmeasured {
+					line.RegistryCopies = copies(v.img)
+					line.say("copies of a pull afterwards, two nodes having the image")
+				}
 			}, harness.V2)
 		})
 	}
@@ -246,25 +251,169 @@ func (v *visit) gossip(key []byte) {
 	}
 }
 
-// unauthorized pulls a private image that the neighbours have.
+// unauthorized pulls a private image that the neighbours have, from a registry that
+// knows its users by an htpasswd file.
 func (v *visit) unauthorized() {
 	v.Helper()
-	ctx, ns := v.Context(), v.ns+"-private"
-	img, n := image(ctx, v.T, 4), v.Nodes[3]
-	registry.RequireAuth("wolf", "howl")
-	defer registry.RequireAuth("", "")
+	ctx, ns, n := v.Context(), v.ns+"-private", v.Nodes[3]
+	r, err := harness.NewRegistryProcess(ctx, env, harness.Distribution, harness.RegistryOptions{User: "wolf", Password: "howl"})
+	must(v.T, err)
+	defer func() { must(v.T, r.Stop()) }()
+	for _, n := range v.Nodes {
+		must(v.T, n.AddHost(r.Host, "http://"+r.Host))
+	}
+	img, err := r.Push(ctx, "private/shop", newLayer(v.T, harness.Gzip, harness.Random(4*mib)))
+	must(v.T, err)
 	for _, n := range v.Nodes[:2] {
 		must(v.T, n.Pull(ctx, ns, img.Ref, "--user", "wolf:howl"))
 	}
 	for _, flags := range [][]string{nil, {"--user", "wolf:bark"}} {
-		if err := n.Pull(ctx, ns, img.Ref, flags...); err == nil {
+		err := n.Pull(ctx, ns, img.Ref, flags...)
+		if err == nil {
 			v.Errorf("pulled with %v, since other nodes have it", flags)
+		} else if !strings.Contains(err.Error(), "401") && !strings.Contains(err.Error(), "authorization failed") {
+			v.Errorf("with %v: %v, which is not the registry's answer", flags, err)
 		}
 	}
 	for d := range img.Blobs {
-		if _, err := os.Stat(n.BlobPath(d)); !errors.Is(err, os.ErrNotExist) {
-			v.Errorf("%s is on the node: %v", d, err)
+		lacks(ctx, v.T, ns, d, n)
+	}
+	r.Reset()
+	must(v.T, n.Pull(ctx, ns, img.Ref, "--user", "wolf:howl")) // who may, gets it from the neighbours
+	if got := r.Bytes(""); got != 0 {
+		v.Errorf("the registry sent %d bytes of what two other nodes have", got)
+	}
+}
+
+// nobody is the user and group nobody.
+const nobody = 65534
+
+// knockAt names the socket at which this program, as another user, is to knock.
+const knockAt = "IMAGEWOLF_TEST_KNOCK_AT"
+
+// knockOnly connects to a socket, says on the standard output how that went and ends
+// the process, if it was started for that by visit.knockAs, and else returns.
+func knockOnly() {
+	path := os.Getenv(knockAt)
+	if path == "" {
+		return
+	}
+	if _, err := os.Stat(path); err != nil {
+		fmt.Println("the socket is not seen:", err)
+		os.Exit(0)
+	}
+	conn, err := net.Dial("unix", path)
+	if err == nil {
+		err = conn.Close()
+	}
+	fmt.Println("knocked:", err)
+	os.Exit(0)
+}
+
+// knockAs connects to a unix socket as a user, and returns what comes of it. The
+// directories above the one that the socket is in, which are root's alone in a test,
+// do not stand in the way.
+func (v *visit) knockAs(user uint32, socket string) string {
+	v.Helper()
+	dir, err := os.Open(filepath.Dir(socket))
+	must(v.T, err)
+	defer dir.Close() //nolint:errcheck // only named
+	cmd := exec.CommandContext(v.Context(), "/proc/self/exe")
+	cmd.Env = []string{knockAt + "=/proc/self/fd/3/" + filepath.Base(socket)}
+	cmd.ExtraFiles = []*os.File{dir}
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: user, Gid: user}}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		v.Fatalf("knocking as %d: %v: %s", user, err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// otherUser knocks at the nodes' sockets, containerd's and the Node API's, as a user
+// who is not root.
+func (v *visit) otherUser() {
+	for _, n := range v.Nodes {
+		for _, socket := range []string{n.Wolf.Socket(), n.Wolf.NodeSocket()} {
+			if got := v.knockAs(0, socket); got != "knocked: <nil>" {
+				v.Errorf("root at %s: %s", socket, got)
+			}
+			if got := v.knockAs(nobody, socket); !strings.HasPrefix(got, "knocked: ") || !strings.HasSuffix(got, "connect: permission denied") {
+				v.Errorf("nobody at %s: %s", socket, got)
+			}
 		}
+		info, err := os.Stat(n.Wolf.Socket())
+		must(v.T, err)
+		if info.Mode().Perm() != 0o600 {
+			v.Errorf("%s's socket has mode %s", n.Name, info.Mode())
+		}
+	}
+}
+
+// halfOpen makes a thousand connections to the data port of the node that tracks an
+// image's layer, says nothing on them, makes each again when the node closes it, and
+// has three nodes pull the image meanwhile.
+func (v *visit) halfOpen() {
+	const many, makeAgain = 1000, 500 * time.Millisecond
+	v.line.SecondsWithout = undisturbed(v.Context(), v.T, v.Nodes[:3], faultRate, 24)
+	img := image(v.Context(), v.T, 24)
+	at := trackerOf(img.Layer(0), v.Nodes)
+	ctx, cancel := context.WithCancel(v.Context())
+	var made atomic.Int64
+	var holders sync.WaitGroup
+	defer func() {
+		cancel()
+		holders.Wait()
+	}()
+	for range many {
+		holders.Go(func() {
+			for ctx.Err() == nil {
+				conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", at.Wolf.Data)
+				if err != nil {
+					if ctx.Err() == nil {
+						v.Errorf("connection %d: %v", made.Load(), err)
+					}
+					return
+				}
+				made.Add(1)
+				hangUp := context.AfterFunc(ctx, func() { _ = conn.Close() }) // perhaps by the node already
+				_, _ = conn.Read(make([]byte, 1))                             // until it is closed
+				hangUp()
+				_ = conn.Close() // as above
+				select {
+				case <-ctx.Done():
+				case <-time.After(makeAgain):
+				}
+			}
+		})
+	}
+	soon, stop := context.WithTimeout(ctx, 10*time.Second)
+	defer stop()
+	must(v.T, harness.Poll(soon, 10*time.Millisecond, func() error {
+		if n := made.Load(); n < many {
+			return fmt.Errorf("%d connections could be made, not %d", n, many)
+		}
+		return nil
+	}))
+	registry.Reset()
+	registry.Behave(harness.Behavior{Rate: faultRate})
+	defer registry.Behave(harness.Behavior{})
+	before := made.Load()
+	took, err := harness.PullOn(ctx, v.Nodes[:3], v.ns, img.Ref)
+	must(v.T, err)
+	whole(ctx, v.T, v.ns, img, v.Nodes[:3]...)
+	v.line.Seconds, v.line.RegistryCopies = slices.Max(took).Seconds(), copies(img)
+	again := made.Load() - before
+	v.line.say("%d connections at a time, %d made again during the pull", many, again)
+	v.Logf("%.1f s, registry copies %.3f, %d connections made again during the pull", v.line.Seconds, v.line.RegistryCopies, again)
+	if again == 0 {
+		v.Error("no connection had to be made again during the pull: the node has no bound, or the pull was too short to see it")
+	}
+	if most := time.Duration(img.Bytes())*time.Second/faultRate + usualExtra; slices.Max(took) > most {
+		v.Errorf("took %.1f s, more than %s", v.line.Seconds, most)
+	}
+	if v.line.RegistryCopies > 1.05 {
+		v.Errorf("the registry sent %.3f copies", v.line.RegistryCopies)
 	}
 }
 

@@ -52,7 +52,7 @@ type Containerd struct {
 func newContainerd(e *Env, on *Machine, name, dir, version string, hosts map[string]string) (*Containerd, error) {
 	c := &Containerd{Dir: dir, Version: version, env: e, on: on, name: name}
 	for host, url := range hosts {
-		if err := c.addHost(host, url); err != nil {
+		if err := c.AddHost(host, url); err != nil {
 			return nil, err
 		}
 	}
@@ -71,9 +71,9 @@ func newContainerd(e *Env, on *Machine, name, dir, version string, hosts map[str
 	return c, nil
 }
 
-// addHost has images of a registry pulled from url. Each request will name the
+// AddHost has images of a registry pulled from url. Each request will name the
 // node.
-func (c *Containerd) addHost(host, url string) error {
+func (c *Containerd) AddHost(host, url string) error {
 	dir := filepath.Join(c.hostsDir(), host)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("registry configuration: %w", err)
