@@ -56,13 +56,16 @@ test-integration: build containerds ## run the tests against real containerd 2.4
 	@[ "$$(id -u)" = 0 ] || { echo "the integration tests mount snapshots: run them as root" >&2; exit 1; }
 	cd integration && CGO_ENABLED=0 $(GO) test -timeout 25m $(TESTFLAGS) ./...
 
-# Figures go to the file that FAULTS_JSON names.
+# Figures go to the file that FAULTS_JSON names, also what there is of them when the
+# tests end early.
 .PHONY: faults
 faults: export FAULTS = all
+faults: override export FAULTS_JSON := $(if $(FAULTS_JSON),$(abspath $(FAULTS_JSON)))
 faults: build containerds ## let everything fail that can, the slow ones too; as root, FAULTS_JSON= SOAK= ...
 	@.ci/need ip runc nft mkfs.ext4 docker-registry
 	cd integration && CGO_ENABLED=0 $(GO) test -count 1 -timeout 3h -run '$(FAULT_TESTS)' $(TESTFLAGS) .
 FAULT_TESTS := Faults|Liars|Strangers|KeyIsExchanged|DiskIsFull|DiskFullAtEachStep|PowerLoss|SocketIsHeld|RestartInAPull|NamesGone|Soak
+FAULT_TESTS := $(FAULT_TESTS)|FetcherKilled|DaemonRestarted|RegistryFails|ConnectionCut|WrongBytes|TrackerKilled|ClusterGone
 
 .PHONY: fuzz-smoke
 fuzz-smoke: ## run every fuzz target for FUZZTIME (3000 inputs)

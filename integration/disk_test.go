@@ -41,8 +41,8 @@ func startBoth(ctx context.Context, n *harness.Node) error {
 // TestDiskIsFull: a node without room says so, gives back what it had staged, and
 // goes on with what fits; the others do not notice.
 func TestDiskIsFull(t *testing.T) {
-	each(t, func(ctx context.Context, t *testing.T, w *world) {
-		defer timed(record(t, "disk full on one node", w.version))()
+	eachFault(t, "disk full on one node", func(ctx context.Context, t *testing.T, w *world, line *faultRecord) {
+		line.SecondsWithout = undisturbed(ctx, t, w.Nodes[:3], 0, 16, 16)
 		victim := w.Nodes[1]
 		onDisk(ctx, t, victim, func(dir string) error {
 			return unix.Mount("tmpfs", dir, "tmpfs", 0, "size=24m")
@@ -50,8 +50,12 @@ func TestDiskIsFull(t *testing.T) {
 		must(t, w.Settle(ctx))
 		registry.Reset()
 		img := image(ctx, t, 16, 16)
+		began := time.Now()
 		for _, p := range pull(ctx, w.ns, img.Ref, w.Nodes[:3]...) {
 			err := <-p.done
+			if p.node != victim {
+				line.Seconds = max(line.Seconds, p.ended.Sub(began).Seconds())
+			}
 			switch {
 			case p.node != victim && err != nil:
 				t.Errorf("pull on %s: %v", p.node.Name, err)
@@ -59,6 +63,8 @@ func TestDiskIsFull(t *testing.T) {
 				t.Errorf("pull on the full disk: %v", err)
 			}
 		}
+		line.RegistryCopies = copies(img)
+		line.say("of the two other nodes; the full one says so")
 		whole(ctx, t, w.ns, img, w.Nodes[0], w.Nodes[2])
 		if got := registry.Bytes(""); got > img.Bytes()*2 {
 			t.Errorf("the registry sent %d bytes for an image of %d", got, img.Bytes())
@@ -80,9 +86,10 @@ func TestPowerLoss(t *testing.T) {
 	if os.Getenv("FAULTS") == "all" {
 		rounds = 12
 	}
-	each(t, func(ctx context.Context, t *testing.T, w *world) {
-		defer timed(record(t, "power loss", w.version))()
+	eachFault(t, "power loss", func(ctx context.Context, t *testing.T, w *world, line *faultRecord) {
 		n := w.Nodes[0]
+		line.SecondsWithout = undisturbed(ctx, t, w.Nodes[:1], 0, 1, 1, 1, 1, 8)
+		line.say("%d times; the longest pull after one, and the most copies for both pulls", rounds)
 		disk := filepath.Join(n.Dir, "disk")
 		must(t, os.WriteFile(disk, nil, 0o600))
 		must(t, os.Truncate(disk, 512*mib))
@@ -100,6 +107,7 @@ func TestPowerLoss(t *testing.T) {
 		onDisk(ctx, t, n, mount)
 		for round := range rounds {
 			img := image(ctx, t, 1, 1, 1, 1, 8)
+			registry.Reset()
 			registry.Behave(harness.Behavior{Rate: 12 * mib})
 			pulling := pull(ctx, w.ns, img.Ref, n)
 			time.Sleep(time.Duration(100+rand.IntN(1500)) * time.Millisecond)
@@ -112,9 +120,11 @@ func TestPowerLoss(t *testing.T) {
 			must(t, startBoth(ctx, n))
 			registry.Behave(harness.Behavior{})
 			must(t, rightOnDisk(n))
+			began := time.Now()
 			if again := n.Pull(ctx, w.ns, img.Ref); again != nil {
 				t.Errorf("round %d, in which the pull ended with %v: %v", round, err, again)
 			}
+			line.Seconds, line.RegistryCopies = max(line.Seconds, time.Since(began).Seconds()), max(line.RegistryCopies, copies(img))
 			whole(ctx, t, w.ns, img, n)
 			must(t, n.Remove(ctx, w.ns, img.Ref))
 		}

@@ -285,7 +285,9 @@ func TestDiskFullAtEachStep(t *testing.T) {
 			t.Run(fs+"/"+name, func(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				defer cancel()
-				defer timed(record(t, "disk full "+name+", "+fs, harness.V2))()
+				line := record(t, "disk full "+name+", "+fs, harness.V2)
+				line.say("a store by itself")
+				defer timed(line)()
 				step(ctx, newSmallDisk(t, mount))
 			})
 		}

@@ -336,7 +336,9 @@ func restartInALongLayer(t *testing.T) {
 		k := from(t, gets[1])
 		t.Logf("%.1f MiB came before the end, and the next pull went on from %.1f MiB: %v", float64(gets[0].Bytes)/mib, float64(k)/mib, r.err)
 		line.say("it went on from %.1f MiB of %.1f that had come", float64(k)/mib, float64(gets[0].Bytes)/mib)
-		if lost := gets[0].Bytes - k; lost > mib || gets[0].Bytes < 8*mib {
+		// containerd writes a MiB at a time: what it had of one is lost, and what was on
+		// its way.
+		if lost := gets[0].Bytes - k; lost > mib+mib/2 || gets[0].Bytes < 8*mib {
 			t.Errorf("%d bytes came in about 10 s of %d a second, and %d of them had to come again", gets[0].Bytes, rate, lost)
 		}
 	})

@@ -165,9 +165,12 @@ func TestFaults(t *testing.T) {
 	}
 	if all {
 		t.Run("clocks", func(t *testing.T) {
-			wolf, err := harness.BuildClocked(t.Context(), env, "..")
-			must(t, err)
-			happen(t, harness.V2, clockFaults, func(_ *faultSite, o *harness.ClusterOptions) { o.Name, o.Clocked = "clock", wolf })
+			happen(t, harness.V2, clockFaults, func(_ *faultSite, o *harness.ClusterOptions) {
+				var err error
+				o.Name = "clock"
+				o.Clocked, err = harness.BuildClocked(t.Context(), env, "..")
+				must(t, err)
+			})
 		})
 	}
 }

@@ -45,8 +45,9 @@ func TestNamesGone(t *testing.T) {
 	names.SetSilent(true)
 	img := image(ctx, t, 8, 8)
 	registry.Reset()
-	_, err := s.PullAll(ctx, "names", img.Ref)
+	unnoticed, err := s.PullAll(ctx, "names", img.Ref)
 	must(t, err)
+	line.Seconds, line.RegistryCopies = slices.Max(unnoticed).Seconds(), copies(img)
 	sent(t, img.Bytes())
 
 	for _, n := range s.Nodes {
@@ -56,13 +57,12 @@ func TestNamesGone(t *testing.T) {
 		must(t, n.Wolf.Start(ctx)) // its own socket and port, which is all that it has
 	}
 	alone := image(ctx, t, 8)
-	began := time.Now()
 	took, err := harness.PullOn(ctx, s.Nodes[:2], "names", alone.Ref)
 	must(t, err)
 	if last := max(took[0], took[1]); last > 15*time.Second {
 		t.Errorf("alone, a pull took %s", last)
 	}
-	t.Logf("alone: %.1f s", time.Since(began).Seconds())
+	line.say("all started meanwhile, a pull of half as much took %.1f s, each node alone", slices.Max(took).Seconds())
 	members, err := s.Metric(ctx, "imagewolf_members")
 	must(t, err)
 	if members != faultNodes {
@@ -70,16 +70,16 @@ func TestNamesGone(t *testing.T) {
 	}
 
 	names.SetSilent(false)
-	began = time.Now()
+	began := time.Now()
 	must(t, s.Settle(ctx))
 	found := time.Since(began)
 	img = image(ctx, t, 8, 8)
 	registry.Reset()
 	last, err := s.PullAll(ctx, "names", img.Ref)
 	must(t, err)
+	line.SecondsWithout, line.RegistryCopies = slices.Max(last).Seconds(), max(line.RegistryCopies, copies(img))
 	sent(t, img.Bytes())
 	whole(ctx, t, "names", img, s.Nodes...)
-	line.Seconds, line.RegistryCopies = slices.Max(last).Seconds(), 1
-	line.Note = "together again " + found.Round(100*time.Millisecond).String() + " after they came back"
-	t.Logf("together again after %.1f s", found.Seconds())
+	line.say("together again %.1f s after they came back", found.Seconds())
+	t.Logf("%+v", *line)
 }

@@ -19,6 +19,10 @@ func TestKeyIsExchanged(t *testing.T) {
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 3*time.Minute, errors.New("the exchange takes too long"))
 	defer cancel()
 	registry.Behave(harness.Behavior{Rate: 8 * mib})
+	var lines []*faultRecord
+	for step := range 3 {
+		lines = append(lines, record(t, fmt.Sprintf("the cluster's key is exchanged, step %d", step+1), harness.V2))
+	}
 	c, err := harness.NewCluster(ctx, env, harness.ClusterOptions{
 		Name: "kn", Nodes: 3, Version: harness.V2, Hosts: map[string]string{registry.Host: "http://" + registry.Host},
 	})
@@ -39,33 +43,38 @@ func TestKeyIsExchanged(t *testing.T) {
 	next, err := harness.NewClusterKey(ctx, env)
 	must(t, err)
 	for step, keys := range [][]string{{c.Key, next}, {next, c.Key}, {next}} {
-		line := record(t, fmt.Sprintf("the cluster's key is exchanged, step %d", step+1), harness.V2)
-		line.Note = "copies of a pull during a restart, at most"
-		var copies []float64
+		line := lines[step]
+		line.say("pulls during a restart, at most")
+		var sentCopies []float64
 		for _, n := range c.Nodes {
 			n.Wolf.UseKeys(keys[0], keys[1:]...)
 			img := image(ctx, t, 6)
 			registry.Reset()
+			began := time.Now()
 			pulls := pull(ctx, "keys", img.Ref, without(c.Nodes, n)...)
 			must(t, n.Wolf.Stop())
 			pulls = append(pulls, pull(ctx, "keys", img.Ref, n)...)
 			must(t, n.Wolf.Start(ctx))
 			finish(t, pulls)
+			for _, p := range pulls {
+				line.Seconds = max(line.Seconds, p.ended.Sub(began).Seconds())
+			}
 			whole(ctx, t, "keys", img, c.Nodes...)
-			copies = append(copies, float64(registry.Bytes(""))/float64(img.Bytes()))
+			sentCopies = append(sentCopies, copies(img))
 		}
 		must(t, c.Settle(ctx)) // all know all
 		img := image(ctx, t, 6)
 		registry.Reset()
-		_, err := c.PullAll(ctx, "keys", img.Ref)
+		took, err := c.PullAll(ctx, "keys", img.Ref)
 		must(t, err)
+		line.SecondsWithout = slices.Max(took).Seconds()
 		whole(ctx, t, "keys", img, c.Nodes...)
 		sent(t, img.Bytes())
-		line.RegistryCopies = slices.Max(copies)
+		line.RegistryCopies = slices.Max(sentCopies)
 		if line.RegistryCopies > usualCopies {
 			t.Errorf("for a pull during a restart the registry sent %.2f copies, more than %.2f", line.RegistryCopies, usualCopies)
 		}
-		t.Logf("step %d: copies during restarts %.2f", step+1, copies)
+		t.Logf("step %d: copies during restarts %.2f", step+1, sentCopies)
 	}
 }
 

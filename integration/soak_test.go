@@ -76,7 +76,7 @@ func TestSoak(t *testing.T) {
 	for i, now := range s.sizes(ctx, t) {
 		t.Logf("%s: before %+v, after %+v", s.Nodes[i].Name, before[i], now)
 		if now.files > before[i].files+64 || now.threads > before[i].threads+32 || now.goroutines > before[i].goroutines+200 ||
-			now.rss > before[i].rss+96*mib || now.disk > before[i].disk+4*mib {
+			now.rss > before[i].rss+96*mib || now.disk > before[i].disk+4*mib || now.staged > before[i].staged {
 			t.Errorf("%s has grown", s.Nodes[i].Name)
 		}
 	}
