@@ -347,17 +347,28 @@ func (f *fault) speed() int64 {
 	return f.rate
 }
 
-// baseline is how long the same pull takes when nothing fails.
+// baseline is how long the same pull takes when nothing fails. One that took more than
+// twice what the registry needs was held up by something else on this machine, and any
+// fault would be within its bound: it is measured again, twice at most.
 func (s *faultSite) baseline(ctx context.Context, t *testing.T, f fault) time.Duration {
 	t.Helper()
 	shape := fmt.Sprint(f.sizes(), f.speed())
 	if took, ok := s.without[shape]; ok {
 		return took
 	}
-	img := image(ctx, t, f.sizes()...)
-	registry.Behave(harness.Behavior{Rate: f.speed()})
-	took, err := s.PullAll(ctx, "faults", img.Ref)
-	must(t, err)
-	s.without[shape] = slices.Max(took)
-	return s.without[shape]
+	var best time.Duration
+	for range 3 {
+		img := image(ctx, t, f.sizes()...)
+		registry.Behave(harness.Behavior{Rate: f.speed()})
+		took, err := s.PullAll(ctx, "faults", img.Ref)
+		must(t, err)
+		if last := slices.Max(took); best == 0 || last < best {
+			best = last
+		}
+		if alone := time.Duration(img.Bytes()) * time.Second / time.Duration(f.speed()); best < 2*alone {
+			break
+		}
+	}
+	s.without[shape] = best
+	return best
 }
