@@ -117,6 +117,12 @@ func undisturbed(ctx context.Context, t *testing.T, nodes []*harness.Node, rate 
 	if os.Getenv("FAULTS_JSON") == "" {
 		return unmeasured
 	}
+	return plainPull(ctx, t, nodes, rate, sizes...)
+}
+
+// plainPull is how many seconds nodes need for a new image when nothing fails.
+func plainPull(ctx context.Context, t *testing.T, nodes []*harness.Node, rate int64, sizes ...int64) float64 {
+	t.Helper()
 	img := image(ctx, t, sizes...)
 	registry.Behave(harness.Behavior{Rate: rate})
 	took, err := harness.PullOn(ctx, nodes, "undisturbed", img.Ref)

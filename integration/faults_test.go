@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,9 +38,10 @@ type fault struct {
 	rate int64
 	// before is called before the pulls begin; may be nil.
 	before func(ctx context.Context, r *faultRun)
-	// act lets it happen, when the registry has sent 5 MiB of the first layer;
-	// may be nil.
+	// act lets it happen, when the registry has sent so many bytes of the first
+	// layer; 0: 5 MiB. May be nil.
 	act func(ctx context.Context, r *faultRun)
+	at  int64
 	// extra is how much longer the last node may take than without the fault; 0:
 	// usualExtra.
 	extra time.Duration
@@ -219,7 +221,7 @@ func (s *faultSite) run(t *testing.T, f fault) {
 	}
 	began, pulls := r.pull(ctx)
 	if f.act != nil {
-		r.fetcher = (&world{Cluster: s.Cluster}).nodeOf(t, reached(ctx, t, r.layer, 5*mib))
+		r.fetcher = (&world{Cluster: s.Cluster}).nodeOf(t, reached(ctx, t, r.layer, cmp.Or(f.at, 5*mib)))
 		r.struck = time.Now()
 		f.act(ctx, r)
 	}
