@@ -106,13 +106,13 @@ func (s *Server) refuse(name string, d digest.Digest, reason string) error {
 }
 
 // greet counts a stream that has yet to send its first message; spoken, which may be
-// called more than once, counts it no more. Where certificates prove no names, one node
+// called more than once, counts it no more. It says who calls. Where certificates prove no names, one node
 // may have as many such streams as all.
-func (s *Server) greet(ctx context.Context) (spoken func(), err error) {
-	name := ""
+func (s *Server) greet(ctx context.Context) (who caller, spoken func(), err error) {
 	if s.o.PeerName != nil {
-		name, _ = s.o.PeerName(ctx)
+		who.name, who.known = s.o.PeerName(ctx)
 	}
+	name := who.name
 	s.mu.Lock()
 	over, full := name != "" && s.silent[name] >= s.limits.silent, s.allSilent >= s.limits.allSilent
 	if !over && !full {
@@ -122,12 +122,12 @@ func (s *Server) greet(ctx context.Context) (spoken func(), err error) {
 	s.mu.Unlock()
 	switch {
 	case over:
-		return nil, s.refuse(name, "", manySilent)
+		return who, nil, s.refuse(name, "", manySilent)
 	case full:
 		s.full(name, "streams")
-		return nil, status.Error(codes.ResourceExhausted, "too many streams here")
+		return who, nil, status.Error(codes.ResourceExhausted, "too many streams here")
 	}
-	return sync.OnceFunc(func() {
+	return who, sync.OnceFunc(func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.allSilent--

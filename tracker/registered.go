@@ -105,7 +105,7 @@ func (v service) Register(stream api.Tracker_RegisterServer) error {
 	return v.s.serve(ctx, &st.ender,
 		func() error { return st.out.drain(ctx, stream.Send) },
 		func() error {
-			spoken, err := v.s.greet(ctx)
+			who, spoken, err := v.s.greet(ctx)
 			if err != nil {
 				return err
 			}
@@ -123,7 +123,7 @@ func (v service) Register(stream api.Tracker_RegisterServer) error {
 				}
 				spoken()
 				late.Stop()
-				if err := v.s.register(ctx, st, msg); err != nil {
+				if err := v.s.register(ctx, who, st, msg); err != nil {
 					return err
 				}
 			}
@@ -132,9 +132,9 @@ func (v service) Register(stream api.Tracker_RegisterServer) error {
 
 // register takes one message. What does not fit because of others is left out, and
 // the node told how much that was.
-func (s *Server) register(ctx context.Context, st *registerStream, msg *api.RegisterMessage) error {
+func (s *Server) register(ctx context.Context, who caller, st *registerStream, msg *api.RegisterMessage) error {
 	if st.name == "" {
-		if err := s.introduce(ctx, st, msg); err != nil {
+		if err := s.introduce(ctx, who, st, msg); err != nil {
 			return err
 		}
 	}
@@ -167,12 +167,12 @@ func (s *Server) register(ctx context.Context, st *registerStream, msg *api.Regi
 // introduce takes a stream's first message: from here on it is its node's only one.
 // One that the node had before ends, and no longer registers anything; what it has
 // registered goes when its goroutine gets to it, unless the new one has by then.
-func (s *Server) introduce(ctx context.Context, st *registerStream, msg *api.RegisterMessage) error {
+func (s *Server) introduce(ctx context.Context, who caller, st *registerStream, msg *api.RegisterMessage) error {
 	name := msg.GetSelf().GetName()
 	if name == "" || len(name) > maxText || len(msg.GetZone()) > maxText {
 		return status.Error(codes.InvalidArgument, "first message without a usable name or zone")
 	}
-	if err := s.checkName(ctx, msg.GetSelf()); err != nil {
+	if err := who.check(msg.GetSelf()); err != nil {
 		return err
 	}
 	if err := ctx.Err(); err != nil {

@@ -199,13 +199,16 @@ func (s *Server) enter(n int) bool {
 	return true
 }
 
-// checkName refuses a caller that is not who it says.
-func (s *Server) checkName(ctx context.Context, self *api.Peer) error {
-	if s.o.PeerName == nil {
-		return nil
-	}
-	if proven, ok := s.o.PeerName(ctx); ok && proven != self.GetName() {
-		return status.Errorf(codes.PermissionDenied, "caller is %q, not %q", proven, self.GetName())
+// caller is the name that the caller of an RPC has proven, if known.
+type caller struct {
+	name  string
+	known bool
+}
+
+// check refuses a caller that is not who it says.
+func (c caller) check(self *api.Peer) error {
+	if c.known && c.name != self.GetName() {
+		return status.Errorf(codes.PermissionDenied, "caller is %q, not %q", c.name, self.GetName())
 	}
 	return nil
 }

@@ -99,7 +99,7 @@ func (v service) Join(stream api.Tracker_JoinServer) error {
 	return v.s.serve(ctx, &st.ender,
 		func() error { return st.out.drain(ctx, stream.Send) },
 		func() error {
-			spoken, err := v.s.greet(ctx)
+			who, spoken, err := v.s.greet(ctx)
 			if err != nil {
 				return err
 			}
@@ -111,7 +111,7 @@ func (v service) Join(stream api.Tracker_JoinServer) error {
 			spoken()
 			late.Stop()
 			defer v.s.uncount(st)
-			if err := v.s.join(ctx, st, msg.GetHello()); err != nil {
+			if err := v.s.join(who, st, msg.GetHello()); err != nil {
 				return err
 			}
 			defer st.leave()
@@ -136,11 +136,11 @@ func (v service) Join(stream api.Tracker_JoinServer) error {
 }
 
 // join makes the stream a member. The caller owes leave if there is no error.
-func (s *Server) join(ctx context.Context, st *joinStream, hello *api.Hello) error {
+func (s *Server) join(who caller, st *joinStream, hello *api.Hello) error {
 	if err := checkHello(hello); err != nil {
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
-	if err := s.checkName(ctx, hello.GetSelf()); err != nil {
+	if err := who.check(hello.GetSelf()); err != nil {
 		return err
 	}
 	d, err := digest.Parse(hello.GetDigest())
