@@ -50,7 +50,7 @@ func (b *bounded) named(name, reason string) (n int) {
 
 // held is how many registrations the tracker counts, in all and of one node, and how
 // many there are.
-func (b *bounded) held(name string) (registered, of, real int) {
+func (b *bounded) held(name string) (registered, of, inFact int) {
 	synctest.Wait()
 	b.s.mu.Lock()
 	defer b.s.mu.Unlock()
@@ -58,9 +58,9 @@ func (b *bounded) held(name string) (registered, of, real int) {
 		of = r.held
 	}
 	for _, x := range b.s.blobs {
-		real += x.seeders.len()
+		inFact += x.seeders.len()
 	}
-	return b.s.registered, of, real
+	return b.s.registered, of, inFact
 }
 
 func serveBounded(n *testNet, change func(l *limits)) *bounded {
@@ -134,8 +134,8 @@ func TestFloodOfRegistrationsIsRefused(t *testing.T) {
 				t.Fatalf("a flood ends with %v", err)
 			}
 		}
-		if all, of, real := b.held("liar"); all != 100 || of != 0 || real != 100 {
-			t.Errorf("%d registrations are counted, %d of the liar; there are %d", all, of, real)
+		if all, of, inFact := b.held("liar"); all != 100 || of != 0 || inFact != 100 {
+			t.Errorf("%d registrations are counted, %d of the liar; there are %d", all, of, inFact)
 		}
 		if n, c := b.named("liar", manyBlobs), b.counted.broke.Load(); n != 1 || c != 3 {
 			t.Errorf("named %d times, counted %d times; want 1 and 3", n, c)
@@ -154,8 +154,8 @@ func TestFloodOfRegistrationsIsRefused(t *testing.T) {
 		if _, err := honest.Recv(); status.Code(err) != codes.ResourceExhausted {
 			t.Errorf("50 for 2: %v", err)
 		}
-		if all, _, real := b.held("honest"); all != 0 || real != 0 || len(b.s.registrants) != 0 {
-			t.Errorf("%d registrations are counted, there are %d, of %d nodes", all, real, len(b.s.registrants))
+		if all, _, inFact := b.held("honest"); all != 0 || inFact != 0 || len(b.s.registrants) != 0 {
+			t.Errorf("%d registrations are counted, there are %d, of %d nodes", all, inFact, len(b.s.registrants))
 		}
 	})
 }
@@ -171,8 +171,8 @@ func TestRegistrationsTakeTurns(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if all, of, real := b.held("a"); all != 10 || of != 10 || real != 10 {
-			t.Errorf("%d registrations, %d of the node, %d real", all, of, real)
+		if all, of, inFact := b.held("a"); all != 10 || of != 10 || inFact != 10 {
+			t.Errorf("%d registrations, %d of the node, %d real", all, of, inFact)
 		}
 	})
 }
@@ -188,8 +188,8 @@ func TestNewerRegistrationReplacesTheOlder(t *testing.T) {
 		if _, err := older.Recv(); status.Code(err) != codes.Aborted {
 			t.Errorf("the older stream ends with %v", err)
 		}
-		if all, of, real := b.held("a"); all != 10 || of != 10 || real != 10 {
-			t.Errorf("%d registrations, %d of the node, %d real", all, of, real)
+		if all, of, inFact := b.held("a"); all != 10 || of != 10 || inFact != 10 {
+			t.Errorf("%d registrations, %d of the node, %d real", all, of, inFact)
 		}
 		// What the newer one does not have goes with the older.
 		if third := rawRegister(t, n, "a", 5, 8); third == nil {
@@ -198,8 +198,8 @@ func TestNewerRegistrationReplacesTheOlder(t *testing.T) {
 		if _, err := newer.Recv(); status.Code(err) != codes.Aborted {
 			t.Errorf("the second stream ends with %v", err)
 		}
-		if all, of, real := b.held("a"); all != 3 || of != 3 || real != 3 {
-			t.Errorf("%d registrations, %d of the node, %d real; want 3", all, of, real)
+		if all, of, inFact := b.held("a"); all != 3 || of != 3 || inFact != 3 {
+			t.Errorf("%d registrations, %d of the node, %d real; want 3", all, of, inFact)
 		}
 		if c := b.counted.broke.Load() + b.counted.full.Load(); c != 0 {
 			t.Errorf("a node that registers again is counted %d times", c)
@@ -223,16 +223,16 @@ func TestNodeThatReconnectsLosesNothing(t *testing.T) {
 		if _, err := old.Recv(); status.Code(err) != codes.Aborted {
 			t.Errorf("the old stream ends with %v", err)
 		}
-		if all, of, real := b.held("a"); all != blobs || of != blobs || real != blobs {
-			t.Fatalf("%d registrations, %d of the node, %d real", all, of, real)
+		if all, of, inFact := b.held("a"); all != blobs || of != blobs || inFact != blobs {
+			t.Fatalf("%d registrations, %d of the node, %d real", all, of, inFact)
 		}
 		rawRegister(t, n, "a", 0, 1)
-		if _, of, real := b.held("a"); of != 1 || real != 1 {
-			t.Fatalf("%d registrations of the node, %d real, want what the newest has", of, real)
+		if _, of, inFact := b.held("a"); of != 1 || inFact != 1 {
+			t.Fatalf("%d registrations of the node, %d inFact, want what the newest has", of, inFact)
 		}
 		time.Sleep(registerRetry) // virtual
-		if all, of, real := b.held("a"); all != blobs || of != blobs || real != blobs {
-			t.Errorf("%d registrations, %d of the node, %d real", all, of, real)
+		if all, of, inFact := b.held("a"); all != blobs || of != blobs || inFact != blobs {
+			t.Errorf("%d registrations, %d of the node, %d real", all, of, inFact)
 		}
 		if c := b.counted.broke.Load() + b.counted.full.Load(); c != 0 {
 			t.Errorf("counted %d times", c)
@@ -254,15 +254,15 @@ func TestFullTrackerTakesWhatFits(t *testing.T) {
 			t.Fatal(err)
 		}
 		runRegistrar(t, n, "second", 30, 90)
-		if all, of, real := b.held("second"); all != 100 || of != 40 || real != 100 {
-			t.Errorf("%d registrations, %d of the second, %d real", all, of, real)
+		if all, of, inFact := b.held("second"); all != 100 || of != 40 || inFact != 100 {
+			t.Errorf("%d registrations, %d of the second, %d real", all, of, inFact)
 		}
 		if err := first.CloseSend(); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(registerAgain) // virtual
-		if all, of, real := b.held("second"); all != 60 || of != 60 || real != 60 {
-			t.Errorf("with room: %d registrations, %d of the second, %d real", all, of, real)
+		if all, of, inFact := b.held("second"); all != 60 || of != 60 || inFact != 60 {
+			t.Errorf("with room: %d registrations, %d of the second, %d real", all, of, inFact)
 		}
 		if n, c := b.named("second", "registrations"), b.counted.full.Load(); n != 1 || c != 2 {
 			t.Errorf("named %d times, counted %d times; want 1 and 2", n, c)
