@@ -11,13 +11,9 @@ import (
 	"github.com/imagewolf/imagewolf/integration/harness"
 )
 
-// later is when a fetcher's node dies, in bytes: some MiB after its first segment, of
-// 4 MiB, could be had, so that the others surely have that.
-const later = 13 * mib
-
 // faults are all of them, in the order in which they happen.
 var faults = []fault{
-	{name: "fetcher's imagewolf killed", quick: true, layers: []int64{32, 32}, at: later, goesOn: 4 * mib, act: func(_ context.Context, r *faultRun) {
+	{name: "fetcher's imagewolf killed", quick: true, layers: []int64{32, 32}, goesOn: mib, act: func(_ context.Context, r *faultRun) {
 		r.lose(r.fetcher)
 		r.fetcher.Wolf.Kill()
 	}},
@@ -25,7 +21,7 @@ var faults = []fault{
 		r.lose(r.fetcher)
 		r.fetcher.Kill()
 	}},
-	{name: "fetcher's NIC down", layers: []int64{32, 32}, at: later, goesOn: 4 * mib, act: func(_ context.Context, r *faultRun) { r.cut(r.fetcher) }},
+	{name: "fetcher's NIC down", layers: []int64{32, 32}, goesOn: mib, act: func(_ context.Context, r *faultRun) { r.cut(r.fetcher) }},
 	{name: "fetcher's registry connection stalls", goesOn: 4 * mib, act: func(_ context.Context, r *faultRun) {
 		r.lose(r.fetcher) // its client reads from that connection, as it would without us
 		registry.Behave(harness.Behavior{Rate: faultRate, StallAfter: 1, Node: r.fetcher.Name, Digest: r.layer})
@@ -37,7 +33,7 @@ var faults = []fault{
 	}},
 	{
 		// Who knew what was on its way goes with who brought it.
-		name: "fetcher killed, who is the tracker as well", layers: []int64{32, 32}, at: later, goesOn: 4 * mib,
+		name: "fetcher killed, who is the tracker as well", layers: []int64{32, 32}, goesOn: mib,
 		before: func(_ context.Context, r *faultRun) { r.first = trackerOf(r.layer, r.Nodes) },
 		act: func(_ context.Context, r *faultRun) {
 			if r.fetcher != r.first {

@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -38,10 +37,9 @@ type fault struct {
 	rate int64
 	// before is called before the pulls begin; may be nil.
 	before func(ctx context.Context, r *faultRun)
-	// act lets it happen, when the registry has sent so many bytes of the first
-	// layer; 0: 5 MiB. May be nil.
+	// act lets it happen, when the registry has sent 5 MiB of the first layer;
+	// may be nil.
 	act func(ctx context.Context, r *faultRun)
-	at  int64
 	// extra is how much longer the last node may take than without the fault; 0:
 	// usualExtra.
 	extra time.Duration
@@ -49,9 +47,9 @@ type fault struct {
 	copies float64
 	// tries is how many pulls may fail once.
 	tries int
-	// goesOn is a byte of the first layer that the others surely have when the fault
-	// happens: none of them asks the registry for one before it afterwards; 0: they
-	// need not ask.
+	// goesOn is how many bytes at the beginning of the first layer nobody asks the
+	// registry for once the fault has happened, which is when another node has as many
+	// as a segment has; somebody asks for the rest. 0: nobody need have or ask for any.
 	goesOn int64
 	// after has more to check, when all is mended; may be nil.
 	after func(ctx context.Context, r *faultRun)
@@ -221,7 +219,10 @@ func (s *faultSite) run(t *testing.T, f fault) {
 	}
 	began, pulls := r.pull(ctx)
 	if f.act != nil {
-		r.fetcher = (&world{Cluster: s.Cluster}).nodeOf(t, reached(ctx, t, r.layer, cmp.Or(f.at, 5*mib)))
+		r.fetcher = (&world{Cluster: s.Cluster}).nodeOf(t, reached(ctx, t, r.layer, 5*mib))
+		if f.goesOn > 0 {
+			r.spread(ctx, 4*mib) // a segment
+		}
 		r.struck = time.Now()
 		f.act(ctx, r)
 	}
@@ -294,6 +295,24 @@ func (r *faultRun) judge(f fault, took, without time.Duration) {
 	if f.goesOn > 0 {
 		r.wentOn(f.goesOn)
 	}
+}
+
+// spread waits until another node than the fetcher has so many bytes of the layer.
+func (r *faultRun) spread(ctx context.Context, n int64) {
+	must(r.T, harness.Poll(ctx, 20*time.Millisecond, func() error {
+		var most int64
+		for _, other := range without(r.Nodes, r.fetcher) {
+			active, err := other.Active(ctx, r.ns)
+			if err != nil {
+				return err
+			}
+			most = max(most, active[r.layer].Offset)
+		}
+		if most < n {
+			return fmt.Errorf("no other node has more than %d bytes of the layer", most)
+		}
+		return nil
+	}))
 }
 
 // wentOn fails the test unless another node than the fetcher has asked the registry
