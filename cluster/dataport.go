@@ -16,17 +16,13 @@ import (
 
 const (
 	handshakeTimeout = 5 * time.Second
-	// maxHandshakes bounds the connections that have not proved themselves.
-	// Members take milliseconds, so only strangers ever fill it.
-	maxHandshakes = 512
 	// portQueue is how many connections wait for a consumer to accept them.
 	portQueue = 256
 	// admitTimeout is how long one that has a certificate of the cluster may
 	// wait to be known as a member: gossip of a node that has just started may
 	// come later than the node itself.
 	admitTimeout = 2 * time.Second
-	// maxWaiting bounds those who wait for that, so that half of the handshakes
-	// are left to others.
+	// maxWaiting bounds those who wait for that.
 	maxWaiting = maxHandshakes / 2
 )
 
@@ -39,7 +35,7 @@ type DataPort struct {
 	identity *Identity
 	members  Membership
 	log      *slog.Logger
-	slots    chan struct{} // one per connection that is not let in yet
+	shakes   handshakes
 	waiting  chan struct{} // one per peer that is not known as a member yet
 	patience time.Duration // for one handshake
 	grace    time.Duration // for a peer to become known
@@ -56,7 +52,7 @@ type DataPort struct {
 func NewDataPort(l net.Listener, id *Identity, members Membership, log *slog.Logger) *DataPort {
 	return &DataPort{
 		listener: l, identity: id, members: members, log: log,
-		slots:    make(chan struct{}, maxHandshakes),
+		shakes:   handshakes{max: maxHandshakes},
 		waiting:  make(chan struct{}, maxWaiting),
 		patience: handshakeTimeout,
 		grace:    admitTimeout,
@@ -112,27 +108,25 @@ func (p *DataPort) Run(ctx context.Context) error {
 			}
 			continue
 		}
-		select {
-		case p.slots <- struct{}{}:
-			shaking.Go(func() {
-				defer func() { <-p.slots }()
-				admitted := false
-				p.contain(func() { p.admit(ctx, conn); admitted = true })
-				if !admitted {
-					_ = conn.Close()
-				}
-			})
-		default:
-			_ = conn.Close()
+		proved, crowded := p.shakes.begin(conn)
+		if crowded {
 			p.full.Do(func() {
-				p.log.Warn("data port: too many handshakes at once, connection dropped", "remote", conn.RemoteAddr())
+				p.log.Warn("data port: too many handshakes at once, the oldest of who has the most is dropped", "remote", conn.RemoteAddr())
 			})
 		}
+		shaking.Go(func() {
+			defer proved()
+			admitted := false
+			p.contain(func() { p.admit(ctx, conn, proved); admitted = true })
+			if !admitted {
+				_ = conn.Close()
+			}
+		})
 	}
 }
 
-// admit checks who is there and hands the connection on.
-func (p *DataPort) admit(ctx context.Context, tcp net.Conn) {
+// admit checks who is there, calls proved once that is clear, and hands the connection on.
+func (p *DataPort) admit(ctx context.Context, tcp net.Conn, proved func()) {
 	Tune(tcp, deadAfter)
 	raw := &placedConn{Conn: tcp}
 	conn := tls.Server(raw, p.identity.ServerTLS(ProtoGRPC, ProtoBitTorrent))
@@ -147,6 +141,7 @@ func (p *DataPort) admit(ctx context.Context, tcp net.Conn) {
 		}
 		return
 	}
+	proved()
 	peer := conn.ConnectionState().PeerCertificates[0]
 	if !p.member(ctx, fingerprint(peer)) {
 		_ = raw.Close() // the peer is told nothing at all

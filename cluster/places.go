@@ -23,11 +23,7 @@ type place struct{ key, host string }
 // take counts a connection of a peer until its Close, and says whether there is room
 // for it. It is to be called once for each, before others use it.
 func (p *places) take(key string, c *placedConn) bool {
-	host, _, err := net.SplitHostPort(c.RemoteAddr().String())
-	if err != nil {
-		host = c.RemoteAddr().String() // none of TCP
-	}
-	at := place{key, host}
+	at := place{key, hostOf(c)}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.open[at] >= p.max {

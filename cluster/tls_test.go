@@ -284,32 +284,75 @@ func TestSlowConsumerStopsNobody(t *testing.T) {
 	}
 }
 
+// So many strangers that say nothing are there at once and no more: the oldest makes
+// room, and a member is let in at any time.
 func TestSilentStrangersAreBounded(t *testing.T) {
 	key := GenerateKey()
-	p := openPort(t, keyed(t, key, "server"), func(p *DataPort) {
-		p.slots = make(chan struct{}, 1)
-		p.patience = 200 * time.Millisecond
-	})
+	p := openPort(t, keyed(t, key, "server"), func(p *DataPort) { p.shakes.max = 3 })
 	greet(t, p)
-	ended := make(chan string, 3)
-	for range 3 { // one keeps the only slot until patience ends, the rest are dropped
+	ended := make(chan int, 5)
+	for i := range 5 {
 		conn, err := net.Dial("tcp", p.listener.Addr().String())
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { _ = conn.Close() }) // closed from the other side
-		go func() { s, _ := hear(conn); ended <- s }()
-	}
-	for range 3 {
-		if s := <-ended; s != "" {
-			t.Errorf("a silent stranger was told %q", s)
+		t.Cleanup(func() { _ = conn.Close() }) // perhaps from the other side already
+		go func() {
+			if s, err := hear(conn); s != "" || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("a silent stranger was told %q, %v", s, err)
+			}
+			ended <- i
+		}()
+		if i < 3 {
+			eventually(t, "the stranger is seen", func() bool { return p.shakes.len() == i+1 })
+		} else if got := <-ended; got != i-3 {
+			t.Errorf("stranger %d made room for stranger %d", got, i)
 		}
 	}
-	eventually(t, "the slot is given back, just after the connection has ended", func() bool { return len(p.slots) == 0 })
 	if got := greeting(t, keyed(t, key, "a"), p); got != "hello a" {
-		t.Errorf("after the strangers a member hears %q", got)
+		t.Errorf("beside the strangers a member hears %q", got)
+	}
+	if got := <-ended; got != 2 {
+		t.Errorf("stranger %d made room for the member", got)
+	}
+	eventually(t, "who has proved itself has its place no more", func() bool { return p.shakes.len() == 2 })
+}
+
+func (h *handshakes) len() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.open)
+}
+
+// Of all hosts it is the one with the most connections that has its oldest closed.
+func TestCrowderMakesRoom(t *testing.T) {
+	h := handshakes{max: 4}
+	open := func(host string, port int) *hostConn {
+		c := &hostConn{remote: &net.TCPAddr{IP: net.ParseIP(host), Port: port}}
+		h.begin(c)
+		return c
+	}
+	quiet := open("10.0.0.1", 1)
+	crowd := []*hostConn{open("10.0.0.2", 1), open("10.0.0.2", 2), open("10.0.0.2", 3)}
+	latest := open("10.0.0.3", 1)
+	if quiet.closed || latest.closed || !crowd[0].closed || crowd[1].closed || crowd[2].closed {
+		t.Errorf("closed: the quiet host's %t, the newest %t, the crowd's %t %t %t", quiet.closed, latest.closed, crowd[0].closed, crowd[1].closed, crowd[2].closed)
+	}
+	open("10.0.0.2", 4)
+	if !crowd[1].closed || quiet.closed {
+		t.Error("not the oldest of the crowd made room")
 	}
 }
+
+// hostConn is a connection of which only the other end's address counts.
+type hostConn struct {
+	net.Conn
+	remote net.Addr
+	closed bool
+}
+
+func (c *hostConn) RemoteAddr() net.Addr { return c.remote }
+func (c *hostConn) Close() error         { c.closed = true; return nil }
 
 // A member keeps so many connections open and no more, whatever their protocol; others
 // do not notice, and one that is closed makes room.
