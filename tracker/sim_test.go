@@ -387,9 +387,7 @@ func FuzzMachine(f *testing.F) {
 					t.Fatalf("Next stays at %v", n)
 				}
 			}
-			if m.starving < 0 || m.covered < 0 || m.covered > len(m.segs) || len(m.pool) > len(m.list) {
-				t.Fatalf("starving %d covered %d pool %d", m.starving, m.covered, len(m.pool))
-			}
+			counts(t, m)
 		}
 	})
 }
@@ -403,7 +401,7 @@ func fuzzEvent(m *Machine, now time.Time, next func() int) {
 	}
 	ann := segmentOf(next()%6, byte(next()%2))
 	msg := &api.MemberMessage{}
-	switch next() % 12 {
+	switch next() % 13 {
 	case 0, 1:
 		_, _ = m.Join(now, &api.Hello{
 			Size: m.Size(), Self: &api.Peer{Name: name, Address: "x"}, Zone: string(rune('a' + bits>>6)), Status: st,
@@ -426,10 +424,14 @@ func fuzzEvent(m *Machine, now time.Time, next func() int) {
 	case 5:
 		msg.Message = &api.MemberMessage_Ask{Ask: &api.Ask{Silent: []string{"a", "b", string(rune('a' + next()%6))}}}
 	case 6:
-		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{}}
+		msg.Message = &api.MemberMessage_Bad{Bad: &api.Bad{Own: bits&32 > 0}}
 	case 7:
 		msg.Message = &api.MemberMessage_Inline{Inline: &api.Inline{Data: smallBlob}}
-	case 8, 9:
+	case 8:
+		msg.Message = &api.MemberMessage_BadPieces{BadPieces: &api.BadPieces{
+			Segment: ann.GetSegment(), Pieces: ann.GetPieces(), Peers: []string{string(rune('a' + next()%6))},
+		}}
+	case 9, 10:
 		msg.Message = &api.MemberMessage_Announce{Announce: ann}
 	default:
 		msg.Message = &api.MemberMessage_Status{Status: st}
