@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -143,12 +144,55 @@ func dialGRPC(ctx context.Context, addr string) (net.Conn, error) {
 // other side leaves unconfirmed for so long ends the connection.
 func dialTCP(ctx context.Context, addr string, unconfirmed time.Duration) (net.Conn, error) {
 	d := net.Dialer{KeepAlive: -1} // Tune sets it
-	conn, err := d.DialContext(ctx, "tcp", addr)
+	conn, err := insist(ctx, func(ctx context.Context) (net.Conn, error) { return d.DialContext(ctx, "tcp", addr) })
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", addr, err)
 	}
 	Tune(conn, unconfirmed)
 	return conn, nil
+}
+
+// dialAgain is how long a connection may take before another is begun beside it.
+const dialAgain = 500 * time.Millisecond
+
+// insist dials again and again beside what it has begun, until one has succeeded or
+// failed: the kernel asks a host that is back only one, three and seven seconds after
+// the first packet was lost, and a slow line answers the first. It waits for all.
+func insist(ctx context.Context, dial func(context.Context) (net.Conn, error)) (net.Conn, error) {
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var dialing sync.WaitGroup
+	defer dialing.Wait()
+	defer cancel()
+	results := make(chan result)
+	begin := func() {
+		dialing.Go(func() {
+			conn, err := dial(ctx)
+			select {
+			case results <- result{conn, err}:
+			case <-ctx.Done():
+				if err == nil {
+					_ = conn.Close() // nobody has seen it
+				}
+			}
+		})
+	}
+	begin()
+	again := time.NewTicker(dialAgain)
+	defer again.Stop()
+	for {
+		select {
+		case r := <-results:
+			return r.conn, r.err
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-again.C:
+			begin()
+		}
+	}
 }
 
 // deadAfter is how long a peer's host may be silent before its connections

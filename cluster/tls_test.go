@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -10,8 +11,10 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
@@ -322,6 +325,55 @@ func (h *handshakes) len() int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return len(h.open)
+}
+
+// A first packet that is lost, or a host that was away, costs half a second and not
+// what the kernel waits; who answers late is heard as well, and no connection is left over.
+func TestDialInsists(t *testing.T) {
+	for name, c := range map[string]struct {
+		answers []time.Duration // of each attempt, in order; 0 for never
+		err     error
+		takes   time.Duration
+	}{
+		"the first is lost": {answers: []time.Duration{0, 10 * time.Millisecond}, takes: 510 * time.Millisecond},
+		"all take long":     {answers: []time.Duration{1200 * time.Millisecond, 1200 * time.Millisecond, 1200 * time.Millisecond}, takes: 2200 * time.Millisecond},
+		"refused":           {answers: []time.Duration{0, time.Millisecond}, err: io.ErrClosedPipe, takes: 501 * time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var mu sync.Mutex
+				var made []*hostConn
+				began, n := time.Now(), 0
+				conn, err := insist(t.Context(), func(ctx context.Context) (net.Conn, error) {
+					mu.Lock()
+					after := cmp.Or(c.answers[n], time.Hour)
+					n++
+					mu.Unlock()
+					if after == time.Hour {
+						<-ctx.Done()
+						return nil, ctx.Err()
+					}
+					time.Sleep(after) // one that does not see that it is to end
+					if c.err != nil {
+						return nil, c.err
+					}
+					mu.Lock()
+					defer mu.Unlock()
+					made = append(made, &hostConn{})
+					return made[len(made)-1], nil
+				})
+				synctest.Wait()
+				if took := time.Since(began); took != c.takes || !errors.Is(err, c.err) {
+					t.Errorf("took %v, want %v: %v", took, c.takes, err)
+				}
+				for _, m := range made {
+					if m.closed != (net.Conn(m) != conn) {
+						t.Errorf("closed: %t, of the one that is returned: %t", m.closed, net.Conn(m) == conn)
+					}
+				}
+			})
+		})
+	}
 }
 
 // Of all hosts it is the one with the most connections that has its oldest closed.

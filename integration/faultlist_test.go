@@ -43,7 +43,10 @@ var faults = []fault{
 			r.fetcher.Wolf.Kill()
 		},
 	},
-	{name: "tracker partitioned", layers: []int64{32}, act: func(_ context.Context, r *faultRun) { r.cut(r.tracker()) }},
+	{
+		name: "tracker partitioned", layers: []int64{32}, act: func(_ context.Context, r *faultRun) { r.cut(r.tracker()) },
+		after: func(ctx context.Context, r *faultRun) { healed(ctx, r, trackerOf(r.layer, r.Nodes)) },
+	},
 	{name: "fetcher's imagewolf stopped", extra: 3 * time.Second, act: func(_ context.Context, r *faultRun) {
 		r.stop(r.fetcher)
 	}},
@@ -79,7 +82,7 @@ var faults = []fault{
 				}
 			}
 		},
-		after: healed,
+		after: func(ctx context.Context, r *faultRun) { healed(ctx, r, nil) },
 	},
 	{
 		// Their sockets are held by nobody meanwhile.
@@ -228,12 +231,16 @@ func (r *faultRun) leechers() []*harness.Node {
 	return out
 }
 
-// healed checks that the nodes of two halves share again.
-func healed(ctx context.Context, r *faultRun) {
+// healed checks that nodes which were cut off share with the others again, also a blob
+// that this one tracks.
+func healed(ctx context.Context, r *faultRun, tracker *harness.Node) {
 	began := time.Now()
 	must(r.T, r.Settle(ctx))
 	r.say("together again after %.1f s", time.Since(began).Seconds())
 	img := image(ctx, r.T, 8)
+	for tracker != nil && trackerOf(img.Layer(0), r.Nodes) != tracker {
+		img = image(ctx, r.T, 8)
+	}
 	registry.Reset()
 	_, err := r.PullAll(ctx, r.ns, img.Ref)
 	must(r.T, err)

@@ -383,6 +383,14 @@ func (c *conns) replaceLocked(addr string, k *conn) {
 	}
 }
 
+// current says whether cc is the connection to addr.
+func (c *conns) current(addr string, cc *grpc.ClientConn) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	k := c.byAddr[addr]
+	return k != nil && k.cc == cc
+}
+
 // ready says whether there is a connection to addr that works.
 func (c *conns) ready(addr string) bool {
 	c.mu.Lock()
