@@ -93,7 +93,7 @@ bench-smoke: bench-binaries ## the same, small: fails if a pull fails or, cold o
 	COMMIT=$(COMMIT) $(BIN)/imagewolf-bench smoke
 
 .PHONY: bench-plot
-bench-plot: bench-binaries ## measure 1 to 32 nodes and draw docs/bench.svg; as root, some minutes
+bench-plot: bench-binaries ## measure 1 to 32 nodes and draw docs/bench.svg; as root, ten minutes
 	COMMIT=$(COMMIT) $(BIN)/imagewolf-bench plot
 
 .PHONY: containerds

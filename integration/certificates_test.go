@@ -70,14 +70,14 @@ func TestCertificatesAreExchanged(t *testing.T) {
 	} {
 		line := lines[step]
 		line.Seconds, line.RegistryCopies = 0, 0
-		for i := range len(c.Nodes) + 1 { // with each node's files being replaced, and once after
-			img := image(ctx, t, 6)
+		for _, nodes := range [][]*harness.Node{c.Nodes, nil} { // while files are replaced, and once after
+			img := image(ctx, t, int64(6+4*len(nodes)))
 			registry.Reset()
 			began := time.Now()
 			pulls := pull(ctx, "certificates", img.Ref, c.Nodes...)
-			if i < len(c.Nodes) {
-				exchange(c.Nodes[i])
-				inUse(ctx, t, c.Nodes[i], step+1)
+			for _, n := range nodes {
+				exchange(n)
+				inUse(ctx, t, n, step+1)
 			}
 			finish(t, pulls)
 			ended := slices.MaxFunc(pulls, func(a, b *pulling) int { return a.ended.Compare(b.ended) }).ended
