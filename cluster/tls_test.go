@@ -291,10 +291,10 @@ func TestSlowConsumerStopsNobody(t *testing.T) {
 // room, and a member is let in at any time.
 func TestSilentStrangersAreBounded(t *testing.T) {
 	key := GenerateKey()
-	p := openPort(t, keyed(t, key, "server"), func(p *DataPort) { p.shakes.max = 3 })
+	p := openPort(t, keyed(t, key, "server"), func(p *DataPort) { p.shakes.max = many })
 	greet(t, p)
-	ended := make(chan int, 5)
-	for i := range 5 {
+	ended := make(chan int, many+2)
+	for i := range many + 2 {
 		conn, err := net.Dial("tcp", p.listener.Addr().String())
 		if err != nil {
 			t.Fatal(err)
@@ -306,9 +306,9 @@ func TestSilentStrangersAreBounded(t *testing.T) {
 			}
 			ended <- i
 		}()
-		if i < 3 {
+		if i < many {
 			eventually(t, "the stranger is seen", func() bool { return p.shakes.len() == i+1 })
-		} else if got := <-ended; got != i-3 {
+		} else if got := <-ended; got != i-many {
 			t.Errorf("stranger %d made room for stranger %d", got, i)
 		}
 	}
@@ -318,7 +318,7 @@ func TestSilentStrangersAreBounded(t *testing.T) {
 	if got := <-ended; got != 2 {
 		t.Errorf("stranger %d made room for the member", got)
 	}
-	eventually(t, "who has proved itself has its place no more", func() bool { return p.shakes.len() == 2 })
+	eventually(t, "who has proved itself has its place no more", func() bool { return p.shakes.len() == many-1 })
 }
 
 func (h *handshakes) len() int {
@@ -378,22 +378,41 @@ func TestDialInsists(t *testing.T) {
 
 // Of all hosts it is the one with the most connections that has its oldest closed.
 func TestCrowderMakesRoom(t *testing.T) {
-	h := handshakes{max: 4}
+	h := handshakes{max: many + 1}
 	open := func(host string, port int) *hostConn {
 		c := &hostConn{remote: &net.TCPAddr{IP: net.ParseIP(host), Port: port}}
 		h.begin(c)
 		return c
 	}
 	quiet := open("10.0.0.1", 1)
-	crowd := []*hostConn{open("10.0.0.2", 1), open("10.0.0.2", 2), open("10.0.0.2", 3)}
+	var crowd []*hostConn
+	for port := range many {
+		crowd = append(crowd, open("10.0.0.2", port))
+	}
 	latest := open("10.0.0.3", 1)
-	if quiet.closed || latest.closed || !crowd[0].closed || crowd[1].closed || crowd[2].closed {
-		t.Errorf("closed: the quiet host's %t, the newest %t, the crowd's %t %t %t", quiet.closed, latest.closed, crowd[0].closed, crowd[1].closed, crowd[2].closed)
+	if quiet.closed || latest.closed || !crowd[0].closed || crowd[1].closed {
+		t.Errorf("closed: the quiet host's %t, the newest %t, the crowd's first %t and second %t", quiet.closed, latest.closed, crowd[0].closed, crowd[1].closed)
 	}
-	open("10.0.0.2", 4)
-	if !crowd[1].closed || quiet.closed {
-		t.Error("not the oldest of the crowd made room")
-	}
+}
+
+// Members that come all at once make no room for each other, unless one takes long.
+func TestNewcomerWaitsItsTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := handshakes{max: 2}
+		open := func(host string) *hostConn {
+			c := &hostConn{remote: &net.TCPAddr{IP: net.ParseIP(host), Port: 1}}
+			h.begin(c)
+			return c
+		}
+		first, second, third := open("10.0.0.1"), open("10.0.0.2"), open("10.0.0.3")
+		if first.closed || second.closed || !third.closed || h.len() != 2 {
+			t.Errorf("closed: %t %t %t of three that came at once", first.closed, second.closed, third.closed)
+		}
+		time.Sleep(young)
+		if fourth := open("10.0.0.4"); !first.closed || second.closed || fourth.closed {
+			t.Errorf("closed: %t %t, and %t of one that came later", first.closed, second.closed, fourth.closed)
+		}
+	})
 }
 
 // hostConn is a connection of which only the other end's address counts.

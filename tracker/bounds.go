@@ -21,9 +21,12 @@ const (
 	// than it may, as what it has dropped and what is new may overlap.
 	maxOffered = 100_000
 	// maxRegistered bounds the registrations of all nodes: 10,000 nodes with 1,000
-	// blobs each make 310,000 at one of 32 trackers. About 200 MiB, if no two are of
+	// blobs each make 310,000 at one of 32 trackers. About 170 MiB, if no two are of
 	// the same blob.
 	maxRegistered = 1 << 19
+	// maxRegistrants bounds the nodes that register anything: where certificates prove no
+	// names, one may have any number.
+	maxRegistrants = 2 * maxMembers
 	// maxMemberships bounds the blobs that one node is a member of here. A node
 	// exchanges a few dozen at a time, spread over all trackers.
 	maxMemberships = 2048
@@ -64,13 +67,14 @@ const (
 // limits are the bounds on what all streams together hold; tests have smaller ones.
 type limits struct {
 	held, registered            int
+	registrants                 int
 	memberships, allMemberships int
 	segments, units             int
 	silent, allSilent           int
 }
 
 var bounds = limits{
-	held: maxHeld, registered: maxRegistered,
+	held: maxHeld, registered: maxRegistered, registrants: maxRegistrants,
 	memberships: maxMemberships, allMemberships: maxAllMemberships,
 	segments: maxSegments, units: maxUnits,
 	silent: maxSilent, allSilent: maxAllSilent,

@@ -177,6 +177,25 @@ func TestRegistrationsTakeTurns(t *testing.T) {
 	})
 }
 
+// So many nodes register and no more, and those that do are not refused for it.
+func TestRegistrantsAreBounded(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		b := serveBounded(n, func(l *limits) { l.registrants = 2 })
+		rawRegister(t, n, "a", 0, 1)
+		rawRegister(t, n, "b", 0, 1)
+		if _, err := rawRegister(t, n, "c", 0, 1).Recv(); status.Code(err) != codes.ResourceExhausted {
+			t.Errorf("one more ends with %v", err)
+		}
+		rawRegister(t, n, "b", 0, 2)
+		if _, of, _ := b.held("b"); of != 2 {
+			t.Errorf("one that is there registers %d of 2 blobs", of)
+		}
+		if b.counted.full.Load() != 1 || b.counted.broke.Load() != 0 {
+			t.Errorf("counted full %d times, the node's fault %d times", b.counted.full.Load(), b.counted.broke.Load())
+		}
+	})
+}
+
 // A node has one stream: a newer one replaces the older, which ends with a status
 // that says so, registers no more, and takes nothing of the newer one along.
 func TestNewerRegistrationReplacesTheOlder(t *testing.T) {
@@ -264,8 +283,8 @@ func TestFullTrackerTakesWhatFits(t *testing.T) {
 		if all, of, inFact := b.held("second"); all != 60 || of != 60 || inFact != 60 {
 			t.Errorf("with room: %d registrations, %d of the second, %d real", all, of, inFact)
 		}
-		if n, c := b.named("second", "registrations"), b.counted.full.Load(); n != 1 || c != 2 {
-			t.Errorf("named %d times, counted %d times; want 1 and 2", n, c)
+		if n, c := b.named("second", "registrations"), b.counted.full.Load(); n != 1 || c < 2 {
+			t.Errorf("named %d times, counted %d times; want 1, and 2 or more: what it has may come in several messages", n, c)
 		}
 		if c := b.counted.broke.Load(); c != 0 {
 			t.Errorf("the node is blamed %d times for what all have", c)
@@ -292,6 +311,9 @@ func TestRegistrarKeepsToTheBound(t *testing.T) {
 	l.set("c", 1)
 	if len(l.want) != 2 || l.want["c"] != 1 {
 		t.Errorf("wants %v after one has gone", l.want)
+	}
+	if l.again(); !l.todo["b"] {
+		t.Error("what is told again leaves out that one has gone")
 	}
 }
 

@@ -182,6 +182,7 @@ type Machine struct {
 
 	bad        map[string][]string // author of wrong piece hashes -> names of those that reported them
 	refuted    map[string][]string // of bad, those that got a wrong blob
+	awaited    map[string]bool     // names that were waited for once, as they had the whole blob or had been asked to serve it; maxBad at most
 	outcasts   bool                // there is or was an outcast
 	mute       map[string][]string // member that announced and sent nothing -> names of those that waited for it
 	spoilt     map[string][]string // member that sent pieces without their hashes -> names of those that got them
@@ -210,6 +211,7 @@ func NewMachine(d digest.Digest, size int64, o MachineOptions) *Machine {
 		zones:     map[string][]*member{},
 		bad:       map[string][]string{},
 		refuted:   map[string][]string{},
+		awaited:   map[string]bool{},
 		mute:      map[string][]string{},
 		spoilt:    map[string][]string{},
 		expelled:  map[string]bool{},
@@ -340,13 +342,32 @@ func (m *Machine) SeederAdded(now time.Time, name, zone string) []Command {
 	if name == "" || len(name) > maxText || len(zone) > maxText || (m.seeders[name] == nil && len(m.seeders) >= maxMembers) {
 		return nil
 	}
-	m.seeders[name] = &seeder{name: name, zone: zone, hash: hashString(name)}
+	s := m.seeders[name]
+	if s == nil {
+		s = &seeder{name: name, hash: hashString(name), failed: m.awaited[name]}
+		m.seeders[name] = s
+	}
+	s.zone = zone
 	m.decide(now)
 	return m.take()
 }
 
+// waitOnce notes that a name is waited for, and says whether it was not before.
+func (m *Machine) waitOnce(name string) (first bool) {
+	if m.awaited[name] {
+		return false
+	}
+	if len(m.awaited) < maxBad {
+		m.awaited[name] = true
+	}
+	return true
+}
+
 // SeederRemoved takes back SeederAdded.
 func (m *Machine) SeederRemoved(now time.Time, name string) []Command {
+	if s := m.seeders[name]; s != nil && (s.failed || !s.asked.IsZero()) {
+		m.waitOnce(name) // and not once more for each time that it registers
+	}
 	delete(m.seeders, name)
 	m.decide(now)
 	return m.take()
@@ -397,7 +418,6 @@ func (m *Machine) drop(now time.Time, x *member) {
 // takeInline keeps a small blob that is what its digest says and hands it to
 // all that lack it.
 func (m *Machine) takeInline(now time.Time, x *member, data []byte) {
-	x.heard = now
 	if !m.small() || m.inline != nil || int64(len(data)) != m.size {
 		return
 	}
@@ -405,6 +425,7 @@ func (m *Machine) takeInline(now time.Time, x *member, data []byte) {
 		m.mismatches++
 		return
 	}
+	x.heard = now
 	m.inline = data
 	m.progressed = now
 	for _, y := range m.list {

@@ -127,7 +127,10 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		(!m.vacant.IsZero() && prefix > x.prefix && prefix >= m.reach(x))
 	if s.GetWhole() && !x.whole {
 		x.relay = x.class == leecher
-		x.heard = now
+		x.heard = time.Time{}
+		if m.waitOnce(x.name) {
+			x.heard = now // it has a while to announce something, once
+		}
 		x.suspect, x.took = false, nil
 	}
 	switch {

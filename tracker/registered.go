@@ -178,14 +178,19 @@ func (s *Server) introduce(ctx context.Context, who caller, st *registerStream, 
 	if err := ctx.Err(); err != nil {
 		return status.FromContextError(err).Err() // given up already: not to replace one that came after it
 	}
-	st.name, st.zone = name, msg.GetZone()
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	r := s.registrants[name]
+	if r == nil && len(s.registrants) >= s.limits.registrants {
+		s.mu.Unlock()
+		s.full(name, "nodes that register")
+		return status.Error(codes.ResourceExhausted, "too many nodes register here")
+	}
+	defer s.mu.Unlock()
 	if r == nil {
 		r = &registrant{}
 		s.registrants[name] = r
 	}
+	st.name, st.zone = name, msg.GetZone()
 	if r.live != nil {
 		r.live.end(status.Errorf(codes.Aborted, "%s has registered again", name))
 	}

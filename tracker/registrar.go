@@ -156,7 +156,7 @@ type link struct {
 	cancel  context.CancelFunc
 	wake    chan struct{} // has room for one: todo is not empty
 	full    chan struct{} // has room for one: the tracker has refused some
-	most    int           // blobs that are registered here
+	most    int           // blobs that are registered here at most
 
 	mu   sync.Mutex
 	want map[digest.Digest]int64 // what the tracker is to know; guarded by mu
@@ -297,8 +297,7 @@ func (l *link) stream() error {
 func (l *link) again() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	clear(l.todo)
-	for d := range l.want {
+	for d := range l.want { // what is no longer wanted stays to be taken back
 		l.todo[d] = true
 	}
 }

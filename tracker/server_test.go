@@ -2,7 +2,9 @@ package tracker
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -65,7 +67,9 @@ func rawJoin(t *testing.T, n *testNet, msgs ...*api.MemberMessage) api.Tracker_J
 		t.Fatal(err)
 	}
 	for _, m := range msgs {
-		if err := stream.Send(m); err != nil {
+		if err := stream.Send(m); errors.Is(err, io.EOF) {
+			break // the stream has ended: Recv says why
+		} else if err != nil {
 			t.Fatal(err)
 		}
 	}

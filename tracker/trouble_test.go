@@ -97,6 +97,34 @@ var troubleTests = []machineTest{
 			0s    join a can            > a fetch
 			1s    status a -can
 			8s    status a can          > a fetch`},
+	{name: "nor is one that registers again and again waited for again and again", lines: `
+			0s    seeder s
+			0s    join a can            > a wait, s serve
+			1s    seeder s
+			1.9s  seeder s
+			2s    tick                  > a fetch, s named`},
+	{name: "nor one that takes itself back in between", lines: `
+			0s    seeder s
+			0s    join a can            > a wait, s serve
+			1s    unseeder s            > a fetch
+			1.1s  leave a
+			1.2s  seeder s
+			1.3s  join b can            > b fetch`},
+	{name: "one that has all and announces nothing is not waited for longer because it says more", lines: `
+			0s    join s whole          > s wait
+			0s    join a can            > a wait
+			1.5s  inline s
+			2s    tick                  > a fetch`},
+	{name: "nor again when it comes again", lines: `
+			0s    join s whole          > s wait
+			1s    leave s
+			1s    join s whole          > s wait
+			1s    join a can            > a fetch`},
+	{name: "or says again that it has all", lines: `
+			0s    join s whole          > s wait
+			1s    status s -whole
+			1s    status s whole
+			1s    join a can            > a fetch`},
 	{name: "a seeder that does not come is named", lines: `
 			0s    seeder s
 			0s    join a can            > a wait, s serve

@@ -96,7 +96,8 @@ func (s *segment) take(pieces []byte) (v version) {
 
 // takers are the members that may have bytes by hashes of that author: they know
 // segments by them, or did until those were superseded, and have not thrown away all
-// they had since, nor found out that they have the whole blob.
+// they had since, nor found out that they have the whole blob. One that is shut out goes
+// its own way with what it has.
 func (m *Machine) takers(author string) []*member {
 	var takers []*member
 	for _, z := range m.list {
@@ -108,7 +109,7 @@ func (m *Machine) takers(author string) []*member {
 			}
 			return false
 		}
-		if z.name != author && !z.whole && (slices.Contains(z.took, author) || knows()) {
+		if z.name != author && !z.whole && !z.banned && (slices.Contains(z.took, author) || knows()) {
 			takers = append(takers, z)
 		}
 	}

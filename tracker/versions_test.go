@@ -204,6 +204,16 @@ var versionTests = []machineTest{
 			3ms   announce l 9          > l fetch, l out
 			4ms   join k                > k seg0*(b)
 			5ms   announce k 0 x        > k named`},
+	{name: "one that is shut out itself keeps what it has", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 1 x
+			0s    join a can            > a seg1*(l)
+			0s    join b can            > b seg1*(a)
+			0s    join o                > o seg1*(a+b)
+			1ms   status o present=1
+			2ms   announce o 9          > o out
+			3ms   bad a                 > b fetch, b seg1(l), l named
+			4ms   bad b                 > b fetch, l out`},
 	{name: "one that gets a byte now and then does not keep those with doubtful bytes from the registry", lines: `
 			0s    join l                > l wait
 			0s    announce l 1 x
