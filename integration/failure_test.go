@@ -202,6 +202,10 @@ func TestTrackerKilled(t *testing.T) {
 // Nothing of what it did not send, or sent wrong, is in any store; and when it is
 // well again, all is.
 func TestRegistryFails(t *testing.T) {
+	versions := []string{harness.V2}
+	if os.Getenv("FAULTS") == "all" {
+		versions = append(versions, harness.V17)
+	}
 	for _, way := range []struct {
 		name   string
 		behave harness.Behavior
@@ -240,7 +244,7 @@ func TestRegistryFails(t *testing.T) {
 				_, err := harness.PullOn(ctx, nodes, w.ns, img.Ref)
 				must(t, err)
 				whole(ctx, t, w.ns, img, nodes...)
-			})
+			}, versions...)
 		})
 	}
 }
