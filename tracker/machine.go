@@ -182,7 +182,8 @@ type Machine struct {
 
 	bad        map[string][]string // author of wrong piece hashes -> names of those that reported them
 	refuted    map[string][]string // of bad, those that got a wrong blob
-	awaited    map[string]bool     // names that were waited for once, as they had the whole blob or had been asked to serve it; maxBad at most
+	awaited    map[string]bool     // names that had the whole blob, were waited for and have announced nothing; maxBad at most
+	absent     map[string]bool     // seeders that took themselves back when they were asked or had not come; maxBad at most
 	outcasts   bool                // there is or was an outcast
 	mute       map[string][]string // member that announced and sent nothing -> names of those that waited for it
 	spoilt     map[string][]string // member that sent pieces without their hashes -> names of those that got them
@@ -212,6 +213,7 @@ func NewMachine(d digest.Digest, size int64, o MachineOptions) *Machine {
 		bad:       map[string][]string{},
 		refuted:   map[string][]string{},
 		awaited:   map[string]bool{},
+		absent:    map[string]bool{},
 		mute:      map[string][]string{},
 		spoilt:    map[string][]string{},
 		expelled:  map[string]bool{},
@@ -344,7 +346,7 @@ func (m *Machine) SeederAdded(now time.Time, name, zone string) []Command {
 	}
 	s := m.seeders[name]
 	if s == nil {
-		s = &seeder{name: name, hash: hashString(name), failed: m.awaited[name]}
+		s = &seeder{name: name, hash: hashString(name), failed: m.absent[name]}
 		m.seeders[name] = s
 	}
 	s.zone = zone
@@ -352,21 +354,11 @@ func (m *Machine) SeederAdded(now time.Time, name, zone string) []Command {
 	return m.take()
 }
 
-// waitOnce notes that a name is waited for, and says whether it was not before.
-func (m *Machine) waitOnce(name string) (first bool) {
-	if m.awaited[name] {
-		return false
-	}
-	if len(m.awaited) < maxBad {
-		m.awaited[name] = true
-	}
-	return true
-}
-
 // SeederRemoved takes back SeederAdded.
 func (m *Machine) SeederRemoved(now time.Time, name string) []Command {
-	if s := m.seeders[name]; s != nil && (s.failed || !s.asked.IsZero()) {
-		m.waitOnce(name) // and not once more for each time that it registers
+	s := m.seeders[name]
+	if s != nil && (s.failed || !s.asked.IsZero() && m.members[name] == nil) && len(m.absent) < maxBad {
+		m.absent[name] = true // it is not waited for once more each time that it registers
 	}
 	delete(m.seeders, name)
 	m.decide(now)
@@ -410,6 +402,9 @@ func (m *Machine) drop(now time.Time, x *member) {
 		// One that has served can be asked again, one that never did not.
 		s.failed = s.failed || (!s.asked.IsZero() && x.whole && x.held == 0 && m.inline == nil)
 		s.asked = time.Time{}
+	}
+	if x.held > 0 {
+		delete(m.awaited, x.name)
 	}
 	m.reclass(now, x, gone)
 	m.disown(now, x)

@@ -128,8 +128,11 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	if s.GetWhole() && !x.whole {
 		x.relay = x.class == leecher
 		x.heard = time.Time{}
-		if m.waitOnce(x.name) {
-			x.heard = now // it has a while to announce something, once
+		if !m.awaited[x.name] {
+			x.heard = now // it has a while to announce something, and once only if it does not
+		}
+		if len(m.awaited) < maxBad {
+			m.awaited[x.name] = true
 		}
 		x.suspect, x.took = false, nil
 	}

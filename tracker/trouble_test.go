@@ -125,6 +125,21 @@ var troubleTests = []machineTest{
 			1s    status s -whole
 			1s    status s whole
 			1s    join a can            > a fetch`},
+	{name: "one that served and has gone is asked and waited for as before", lines: `
+			0s    seeder s
+			0s    join a can            > a wait, s serve
+			1s    join s whole          > s wait
+			1s    announce s 0          > a seg0*(s)
+			1.1s  unseeder s
+			1.2s  seeder s
+			1.3s  status a whole prefix=4
+			1.4s  leave s
+			1.5s  leave a
+			1.5s  join b                > b wait, s serve
+			1.6s  join s whole          > s wait
+			1.6s  status b can
+			3.5s  tick
+			3.6s  tick                  > b fetch`},
 	{name: "a seeder that does not come is named", lines: `
 			0s    seeder s
 			0s    join a can            > a wait, s serve
