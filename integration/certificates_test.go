@@ -37,25 +37,12 @@ func TestCertificatesAreExchanged(t *testing.T) {
 func exchangeCertificates(t *testing.T) {
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 3*time.Minute, errors.New("the exchange takes too long"))
 	defer cancel()
-	registry.Behave(harness.Behavior{Rate: 8 * mib})
 	steps := []string{"both authorities are trusted", "certificates of the new one", "the old one is not trusted any more"}
 	var lines []*faultRecord
 	for _, step := range steps {
 		lines = append(lines, record(t, "the nodes' certificates are exchanged: "+step, harness.V2))
 	}
-	c, err := harness.NewCluster(ctx, env, harness.ClusterOptions{
-		Name: "ce", Nodes: 3, Version: harness.V2, Hosts: map[string]string{registry.Host: "http://" + registry.Host},
-	})
-	t.Cleanup(func() {
-		registry.Behave(harness.Behavior{})
-		if t.Failed() {
-			t.Log(c.Logs())
-		}
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	must(t, err)
+	c := threeNodes(ctx, t, "ce")
 	former, next := newAuthority(t, "former"), newAuthority(t, "next")
 	for _, n := range c.Nodes {
 		must(t, n.Wolf.Stop())

@@ -18,24 +18,11 @@ import (
 func TestKeyIsExchanged(t *testing.T) {
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 3*time.Minute, errors.New("the exchange takes too long"))
 	defer cancel()
-	registry.Behave(harness.Behavior{Rate: 8 * mib})
 	var lines []*faultRecord
 	for step := range 3 {
 		lines = append(lines, record(t, fmt.Sprintf("the cluster's key is exchanged, step %d", step+1), harness.V2))
 	}
-	c, err := harness.NewCluster(ctx, env, harness.ClusterOptions{
-		Name: "kn", Nodes: 3, Version: harness.V2, Hosts: map[string]string{registry.Host: "http://" + registry.Host},
-	})
-	t.Cleanup(func() {
-		registry.Behave(harness.Behavior{})
-		if t.Failed() {
-			t.Log(c.Logs())
-		}
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	must(t, err)
+	c := threeNodes(ctx, t, "kn")
 	for _, n := range c.Nodes {
 		hold(t, n)
 	}
@@ -76,6 +63,26 @@ func TestKeyIsExchanged(t *testing.T) {
 		}
 		t.Logf("step %d: copies during restarts %.2f", step+1, sentCopies)
 	}
+}
+
+// threeNodes is a cluster of its own, whose nodes get new keys, until the test ends.
+func threeNodes(ctx context.Context, t *testing.T, name string) *harness.Cluster {
+	t.Helper()
+	registry.Behave(harness.Behavior{Rate: 8 * mib})
+	c, err := harness.NewCluster(ctx, env, harness.ClusterOptions{
+		Name: name, Nodes: 3, Version: harness.V2, Hosts: map[string]string{registry.Host: "http://" + registry.Host},
+	})
+	t.Cleanup(func() {
+		registry.Behave(harness.Behavior{})
+		if t.Failed() {
+			t.Log(c.Logs())
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	must(t, err)
+	return c
 }
 
 // hold has a node's socket held as systemd would, until the test ends.
