@@ -5,7 +5,6 @@ import (
 	"errors"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -91,19 +90,9 @@ func TestPowerLoss(t *testing.T) {
 		line.SecondsWithout = undisturbed(ctx, t, w.Nodes[:1], 0, 1, 1, 1, 1, 8)
 		line.say("%d times; the longest pull after one, and the most copies for both pulls", rounds)
 		disk := filepath.Join(n.Dir, "disk")
-		must(t, os.WriteFile(disk, nil, 0o600))
-		must(t, os.Truncate(disk, 512*mib))
+		must(t, makeExt4(ctx, disk, 512*mib))
 		t.Cleanup(func() { must(t, os.Remove(disk)) })
-		if out, err := exec.CommandContext(ctx, "mkfs.ext4", "-q", disk).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %s", err, out)
-		}
-		mount := func(dir string) error {
-			out, err := exec.CommandContext(ctx, "mount", "-o", "loop", disk, dir).CombinedOutput()
-			if err != nil {
-				return errors.New(string(out))
-			}
-			return nil
-		}
+		mount := func(dir string) error { return mountExt4(ctx, disk, dir) }
 		onDisk(ctx, t, n, mount)
 		for round := range rounds {
 			img := image(ctx, t, 1, 1, 1, 1, 8)

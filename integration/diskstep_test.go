@@ -3,6 +3,7 @@ package integration
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
@@ -35,18 +36,30 @@ var smallDisks = map[string]func(t *testing.T, dir string) error{
 	"tmpfs": func(_ *testing.T, dir string) error { return unix.Mount("tmpfs", dir, "tmpfs", 0, "size=16m") },
 	"ext4": func(t *testing.T, dir string) error {
 		disk := filepath.Join(t.TempDir(), "disk")
-		if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, 16*mib)); err != nil {
-			return err
-		}
-		if out, err := exec.CommandContext(t.Context(), "mkfs.ext4", "-q", "-m", "0", disk).CombinedOutput(); err != nil {
-			return errors.New(string(out))
-		}
-		out, err := exec.CommandContext(t.Context(), "mount", "-o", "loop", disk, dir).CombinedOutput()
-		if err != nil {
-			return errors.New(string(out))
-		}
-		return nil
+		return errors.Join(makeExt4(t.Context(), disk, 16*mib, "-m", "0"), mountExt4(t.Context(), disk, dir))
 	},
+}
+
+// makeExt4 makes a disk of so many bytes with an empty file system on it.
+func makeExt4(ctx context.Context, disk string, size int64, options ...string) error {
+	if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, size)); err != nil {
+		return err
+	}
+	return command(ctx, "mkfs.ext4", append(options, "-q", disk)...)
+}
+
+// mountExt4 mounts a disk over a directory.
+func mountExt4(ctx context.Context, disk, dir string) error {
+	return command(ctx, "mount", "-o", "loop", disk, dir)
+}
+
+// command runs a program; what it says is the error's text.
+func command(ctx context.Context, name string, args ...string) error {
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s: %w: %s", name, err, out)
+	}
+	return nil
 }
 
 // newSmallDisk mounts one and opens a store on it.
@@ -187,13 +200,24 @@ func (s *smallDisk) given() {
 // right fails unless the blob is there to the last byte.
 func (s *smallDisk) right(p *blobPull) {
 	s.Helper()
-	r, err := s.ReaderAt(s.Context(), ocispec.Descriptor{Digest: p.digest})
-	must(s.T, err)
-	data, err := io.ReadAll(io.NewSectionReader(r, 0, r.Size()))
-	must(s.T, errors.Join(err, r.Close()))
-	if got := digest.FromBytes(data); got != p.digest {
-		s.Errorf("%s has digest %s", p.digest, got)
+	if err := isRight(s.Context(), s.Store, p); err != nil {
+		s.Error(err)
 	}
+}
+
+func isRight(ctx context.Context, s *store.Store, p *blobPull) error {
+	r, err := s.ReaderAt(ctx, ocispec.Descriptor{Digest: p.digest})
+	if err != nil {
+		return err
+	}
+	data, err := io.ReadAll(io.NewSectionReader(r, 0, r.Size()))
+	if err = errors.Join(err, r.Close()); err != nil {
+		return err
+	}
+	if got := digest.FromBytes(data); got != p.digest {
+		return fmt.Errorf("%s has digest %s", p.digest, got)
+	}
+	return nil
 }
 
 // TestDiskFullAtEachStep: there is no room any more at one step of a pull. It fails

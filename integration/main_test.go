@@ -26,6 +26,7 @@ var (
 func TestMain(m *testing.M) {
 	harness.BeRegistry()
 	knockOnly()
+	storeOnly()
 	os.Exit(setUp(m))
 }
 
