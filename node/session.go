@@ -43,6 +43,10 @@ const (
 	// maxRetracted is how often bytes of a blob are taken back from a session
 	// before it goes by the registry alone.
 	maxRetracted = 4
+	// maxMet bounds the peers of a blob that are remembered by name, as many as it has
+	// members, maxTold those of a segment that nobody here has wanted yet, and maxPeerText
+	// the bytes of a name or an address: trackers are not trusted to keep to them.
+	maxMet, maxTold, maxPeerText = 10_000, 64, 512
 )
 
 // source is the blob of a session as this node has it: an ingest, or a blob
@@ -363,7 +367,12 @@ func (s *session) segment(m *apiv1.Segment) {
 	if s.ownWay || s.blob == nil || i < 0 || i >= s.layout.Segments() || s.announced[i] {
 		return
 	}
-	if p := m.GetPieces(); len(p) > 0 && !bytes.Equal(p, s.pieces[i]) {
+	p := m.GetPieces()
+	if len(p) > 0 && len(p) != 20*s.layout.Pieces(i) {
+		s.log.Warn("segment refused: the tracker's piece hashes cannot be its own", "segment", i, "bytes", len(p))
+		return
+	}
+	if len(p) > 0 && !bytes.Equal(p, s.pieces[i]) {
 		if s.pieces[i] != nil && s.blob.Clash(i, p, s.pieces[i]) {
 			return // what came by the other hashes must not be handed on by these
 		}
@@ -374,11 +383,23 @@ func (s *session) segment(m *apiv1.Segment) {
 		return
 	}
 	for _, p := range m.GetPeers() {
-		s.peers[i] = append(s.peers[i], p.GetAddress())
-		s.met[p.GetName()] = p.GetAddress()
+		s.meet(i, p.GetName(), p.GetAddress())
 	}
 	if !s.passive() {
 		s.leech(i)
+	}
+}
+
+// meet remembers a peer of a segment, within bounds.
+func (s *session) meet(i int, name, address string) {
+	if len(name) > maxPeerText || len(address) > maxPeerText {
+		return
+	}
+	if len(s.peers[i]) < maxTold {
+		s.peers[i] = append(s.peers[i], address)
+	}
+	if _, known := s.met[name]; known || len(s.met) < maxMet {
+		s.met[name] = address
 	}
 }
 
