@@ -209,6 +209,28 @@ func TestUnits(t *testing.T) {
 	}
 }
 
+// FuzzSet has any text in the environment: what is taken can be written down, and is
+// read as the same again.
+func FuzzSet(f *testing.F) {
+	fields := Fields()
+	for i, field := range fields {
+		for _, text := range []string{field.Default, "5764607523034234880", "9007199254740993", "1h0m0s", "a=b, c=d=,=", "0.5KiB/s"} {
+			f.Add(uint8(i), text)
+		}
+	}
+	f.Fuzz(func(t *testing.T, n uint8, text string) {
+		field := fields[int(n)%len(fields)]
+		c, again := Default(), Default()
+		if field.Set(&c, text) != nil {
+			return
+		}
+		said := format(reflect.ValueOf(c).FieldByIndex(field.index))
+		if err := field.Set(&again, said); err != nil || !reflect.DeepEqual(again, c) {
+			t.Errorf("%s: %q is written as %q: %v", field.Key, text, said, err)
+		}
+	})
+}
+
 func TestClusterKey(t *testing.T) {
 	if k, err := (Cluster{ClusterKey: " k\n"}).Key(); k != "k" || err != nil {
 		t.Errorf("%q, %v", k, err)

@@ -57,7 +57,7 @@ func (s Size) String() string {
 	const kib = 1024
 	v, unit := int64(s), ""
 	for _, next := range []string{"KiB", "MiB", "GiB", "TiB", "PiB"} {
-		if v == 0 || v%kib != 0 {
+		if v == 0 || v%kib != 0 || s > maxInUnits {
 			break
 		}
 		v, unit = v/kib, next
@@ -110,13 +110,18 @@ func (r *Rate) UnmarshalText(text []byte) error {
 	return nil
 }
 
+// maxInUnits is the most that is read, and so written, with a unit. Beyond the range of
+// int64 the conversion saturates or wraps, depending on the processor; no disk and no
+// link is anywhere near half of it.
+const maxInUnits = math.MaxInt64 / 2
+
 var errBytes = errors.New("no number of bytes")
 
-// parseBytes reads whole numbers exactly and leaves units to go-units, which
-// counts in floating point: hence the guard at the end.
+// parseBytes reads whole numbers of bytes exactly and leaves other units to go-units,
+// which counts in floating point: hence the guard at the end.
 func parseBytes(s string) (int64, error) {
 	s = strings.TrimSpace(s)
-	if v, err := strconv.ParseInt(s, 10, 64); err == nil && v >= 0 {
+	if v, err := strconv.ParseInt(strings.TrimSuffix(s, "B"), 10, 64); err == nil && v >= 0 {
 		return v, nil
 	}
 	parse := units.FromHumanSize
@@ -127,9 +132,7 @@ func parseBytes(s string) (int64, error) {
 	if err != nil {
 		return 0, errors.Join(errBytes, err)
 	}
-	// Beyond the range of int64 the conversion saturates or wraps, depending on
-	// the processor; no disk and no link is anywhere near half of it.
-	if v < 0 || v > math.MaxInt64/2 {
+	if v < 0 || v > maxInUnits {
 		return 0, errBytes
 	}
 	return v, nil
