@@ -7,6 +7,8 @@ import (
 	"errors"
 	"io"
 	"net"
+	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -24,16 +26,24 @@ type evil struct {
 // shake does the peer protocol's handshake over c, on behalf of a node that
 // has connected to, or was dialed by, one of ours.
 func shake(c net.Conn, hash [20]byte) (evil, error) {
-	e := evil{c, bufio.NewReader(c)}
+	e, _, err := shakeAs(c, hash, pp.NewPeerExtensionBytes(pp.ExtensionBitFast))
+	return e, err
+}
+
+// shakeAs is shake by a peer that can do more. It returns what the node can.
+func shakeAs(c net.Conn, hash [20]byte, can pp.PeerExtensionBits) (e evil, theirs pp.PeerExtensionBits, err error) {
+	e = evil{c, bufio.NewReader(c)}
 	_ = c.SetDeadline(time.Now().Add(patience)) // a failure shows at the read
-	hello := append([]byte(pp.Protocol), 0, 0, 0, 0, 0, 0, 0, 4)
+	hello := append([]byte(pp.Protocol), can[:]...)
 	hello = append(hello, hash[:]...)
 	hello = append(hello, "-EV0001-abcdefghijkl"...)
 	if _, err := c.Write(hello); err != nil {
-		return e, err
+		return e, theirs, err
 	}
-	_, err := io.ReadFull(e.r, make([]byte, len(hello)))
-	return e, err
+	reply := make([]byte, len(hello))
+	_, err = io.ReadFull(e.r, reply)
+	copy(theirs[:], reply[len(pp.Protocol):])
+	return e, theirs, err
 }
 
 func (e evil) send(ms ...pp.Message) {
@@ -64,8 +74,8 @@ func victim(t testing.TB) (*peer, *Blob, *segment) {
 	return p, b, b.segs[0]
 }
 
-// attack connects to the victim.
-func attack(t testing.TB, p *peer, s *segment) evil {
+// reach opens a stream to the victim, over which nothing has been said.
+func reach(t testing.TB, p *peer) net.Conn {
 	c, err := net.Dial("tcp", p.addr)
 	if err != nil {
 		t.Fatal(err)
@@ -79,7 +89,12 @@ func attack(t testing.TB, p *peer, s *segment) evil {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e, err := shake(stream, s.hash)
+	return stream
+}
+
+// attack connects to the victim.
+func attack(t testing.TB, p *peer, s *segment) evil {
+	e, err := shake(reach(t, p), s.hash)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -146,6 +161,107 @@ func TestEvilChunk(t *testing.T) {
 	if err := b.Close(); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestMetadataIsNotTaken: what a torrent is follows from the blob and its hashes, and
+// never from a peer. A node cannot do the extension by which peers exchange info dicts,
+// asks for none, and hangs up on who sends one all the same.
+func TestMetadataIsNotTaken(t *testing.T) {
+	const inBencode = "d6:lengthi1e4:name1:x12:piece lengthi262144e6:pieces20:aaaaaaaaaaaaaaaaaaaae"
+	for name, m := range map[string]pp.Message{
+		"offered":   {Type: pp.Extended, ExtendedPayload: []byte("d1:md11:ut_metadatai1ee13:metadata_sizei" + strconv.Itoa(len(inBencode)) + "ee")},
+		"sent":      {Type: pp.Extended, ExtendedID: 1, ExtendedPayload: []byte("d8:msg_typei1e5:piecei0e10:total_sizei" + strconv.Itoa(len(inBencode)) + "ee" + inBencode)},
+		"asked for": {Type: pp.Extended, ExtendedID: 1, ExtendedPayload: []byte("d8:msg_typei0e5:piecei0ee")},
+	} {
+		p, b, s := victim(t)
+		e, theirs, err := shakeAs(reach(t, p), s.hash, pp.NewPeerExtensionBytes(pp.ExtensionBitFast, pp.ExtensionBitLtep))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if theirs.SupportsExtended() {
+			t.Errorf("%s: the node can do extensions: %x", name, theirs)
+		}
+		e.send(m)
+		for d := (pp.Decoder{R: e.r, MaxLength: 1 << 20}); ; {
+			var got pp.Message
+			if err = d.Decode(&got); err != nil {
+				break
+			}
+			if got.Type == pp.Extended {
+				t.Errorf("%s: it says %q", name, got.ExtendedPayload)
+			}
+		}
+		if isTimeout(err) {
+			t.Errorf("%s: the connection was not closed", name)
+		}
+		b.mu.Lock()
+		if have := s.t.Info(); have == nil || !bytes.Equal(have.Pieces, s.pieces) || have.Length != s.n {
+			t.Errorf("%s: the torrent has become %+v", name, have)
+		}
+		b.mu.Unlock()
+		if err := b.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// FuzzAllows: of whatever comes, the torrent client sees only what stays within the
+// segment, chunk by chunk, and says at most once, first, what the peer has.
+func FuzzAllows(f *testing.F) {
+	wire := func(ms ...pp.Message) (out []byte) {
+		for _, m := range ms {
+			out = append(out, m.MustMarshalBinary()...)
+		}
+		return out
+	}
+	f.Add(int64(minSegment), wire(pp.Message{Type: pp.HaveAll}, pp.Message{Type: pp.Unchoke}, pp.Message{Type: pp.Request, Index: 1, Begin: minChunk, Length: minChunk}))
+	f.Add(int64(minSegment-1), wire(pp.Message{Type: pp.Bitfield, Bitfield: make([]bool, 8)}, pp.Message{Type: pp.Have, Index: 3}, pp.Message{Type: pp.Piece, Index: 3, Piece: make([]byte, minChunk)}))
+	f.Add(int64(1), wire(pp.Message{Type: pp.Piece, Piece: []byte("x")}, pp.Message{Type: pp.Extended, ExtendedPayload: []byte("de")}))
+	f.Add(int64(1<<40+7), wire(pp.Message{Type: pp.Cancel, Index: 15, Begin: 1 << 31, Length: 1 << 31}, pp.Message{Type: pp.HaveNone}, pp.Message{Type: pp.HaveAll}))
+	f.Fuzz(func(t *testing.T, size int64, wire []byte) {
+		l := LayoutOf(size)
+		if l.Segments() == 0 {
+			return
+		}
+		_, n := l.Segment(l.Segments() - 1)
+		g, told := &guard{}, false
+		d := pp.Decoder{R: bufio.NewReader(bytes.NewReader(wire)), MaxLength: 1 << 20, Pool: &sync.Pool{New: func() any {
+			b := make([]byte, 1<<20)
+			return &b
+		}}}
+		for {
+			var m pp.Message
+			if d.Decode(&m) != nil {
+				return
+			}
+			if m.Keepalive || !g.allows(&m, n, l) {
+				continue
+			}
+			index, begin, length := int64(m.Index), int64(m.Begin), int64(m.Length)
+			switch m.Type {
+			case pp.Choke, pp.Unchoke, pp.Interested, pp.NotInterested:
+			case pp.HaveAll, pp.HaveNone, pp.Bitfield:
+				if told {
+					t.Fatalf("%v comes late", m.Type)
+				}
+				told = true
+			case pp.Have:
+				if told = true; index*l.PieceSize >= n {
+					t.Fatalf("piece %d of %d bytes", index, n)
+				}
+			case pp.Piece, pp.Request, pp.Cancel, pp.Reject:
+				if m.Type == pp.Piece {
+					length = int64(len(m.Piece))
+				}
+				end := begin + length
+				if length <= 0 || length > l.ChunkSize() || begin%l.ChunkSize() != 0 || end > l.PieceSize || index*l.PieceSize+end > n {
+					t.Fatalf("%v of %d bytes at %d of piece %d of %d bytes", m.Type, length, begin, index, n)
+				}
+			default:
+				t.Fatalf("%v is let through", m.Type)
+			}
+		}
+	})
 }
 
 // FuzzGuard sends arbitrary messages to a node that is alive: it must neither
