@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"bytes"
+	"encoding/base64"
 	"strings"
 	"testing"
 )
@@ -76,8 +77,12 @@ func FuzzParseGossipKey(f *testing.F) {
 	f.Add(strings.Repeat("ab", 32))
 	f.Add("AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\n")
 	f.Fuzz(func(t *testing.T, text string) {
-		if key, err := parseGossipKey(text); err == nil && len(key) != 32 {
-			t.Fatalf("a key of %d bytes", len(key))
+		key, err := parseGossipKey(text)
+		if err != nil {
+			return
+		}
+		if again, err := parseGossipKey(base64.StdEncoding.EncodeToString(key)); err != nil || len(key) != 32 || !bytes.Equal(again, key) {
+			t.Fatalf("a key of %d bytes, and then of %d: %v", len(key), len(again), err)
 		}
 	})
 }

@@ -2,6 +2,9 @@ package cluster
 
 import (
 	"maps"
+	"net"
+	"net/netip"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -72,8 +75,15 @@ func FuzzParseTarget(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		got, err := parseTarget(s)
-		if err == nil && (got.port == 0 || got.host == "") {
+		if err != nil {
+			return
+		}
+		if got.port == 0 || got.host == "" || got.ip.IsValid() && got.ip.String() != got.host && got.ip != netip.MustParseAddr(got.host) {
 			t.Fatalf("%q gives %+v", s, got)
+		}
+		again, err := parseTarget(net.JoinHostPort(got.host, strconv.Itoa(int(got.port))))
+		if err != nil || again.host != got.host || again.port != got.port || again.ip != got.ip {
+			t.Fatalf("%q gives %+v, then %+v, %v", s, got, again, err)
 		}
 	})
 }

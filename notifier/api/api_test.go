@@ -533,6 +533,28 @@ func TestStrangersAreSentAwayUnread(t *testing.T) {
 	}
 }
 
+// FuzzStranger: nobody gets past the check that does not know the token, whatever the
+// headers and the body.
+func FuzzStranger(f *testing.F) {
+	const body = `{"image": "r.example/apps/web:1.4"}`
+	f.Add("Bearer "+token, "", []byte(body))
+	f.Add("", signed(body), []byte(body))
+	f.Add("", signed(body), []byte("{}"))
+	f.Add("Basic x", "sha256=0123", []byte(nil))
+	f.Add("bEaReR  x", "sha256=", []byte(body))
+	h, _ := handler(newCluster(), web)
+	f.Fuzz(func(t *testing.T, authorization, signature string, body []byte) {
+		req := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/v1/prefetch", nil)
+		req.Header["Authorization"], req.Header["X-Signature"] = []string{authorization}, []string{signature}
+		knows := strings.Contains(authorization, token) || strings.EqualFold(signature, signed(string(body)))
+		if err := h.authenticate(req, body); err == nil && !knows {
+			t.Errorf("%q with %q is let in", authorization, signature)
+		} else if p := (*problem)(nil); err != nil && (!errors.As(err, &p) || p.status != http.StatusUnauthorized) {
+			t.Errorf("refused with %v", err)
+		}
+	})
+}
+
 func FuzzWish(f *testing.F) {
 	f.Add([]byte(`{"image": "r.example/a:1@` + d1.String() + `", "digest": "` + d1.String() + `", "id": "x", "platforms": ["linux/arm64"],` +
 		` "nodes": {"labels": "zone=a", "count": 2, "percent": 50, "running_repository": true}, "referrers": true, "timeout": "10m"}`))

@@ -1,6 +1,7 @@
 package receive
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
@@ -21,6 +22,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/imagewolf/imagewolf/config"
 )
 
@@ -29,7 +32,7 @@ type roundTrip func(*http.Request) (*http.Response, error)
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
 // snsKey makes a key, and a certificate of it as SNS has them (DER).
-func snsKey(t *testing.T) (*rsa.PrivateKey, []byte) {
+func snsKey(t testing.TB) (*rsa.PrivateKey, []byte) {
 	t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -130,6 +133,46 @@ func TestSNSSignatures(t *testing.T) {
 	if len(k.events) != 2 || asked != 1 {
 		t.Errorf("%d events, asked %d times", len(k.events), asked)
 	}
+}
+
+// FuzzSNS: without SNS's key nothing is taken that anyone writes, and nothing is asked
+// for but a certificate of SNS's own. The body's time is made now, so that it counts.
+func FuzzSNS(f *testing.F) {
+	const host = "https://sns.eu-west-1.amazonaws.com"
+	message := func(at string) []byte {
+		return []byte(`{"Type":"Notification","MessageId":"id","TopicArn":"` + topic + `","Message":"m","Subject":null,"SignatureVersion":"2",` +
+			`"Signature":"AAAA","SigningCertURL":"` + at + `"}`)
+	}
+	f.Add(message(host + "/SimpleNotificationService-0a.pem"))
+	f.Add(message(host + "/SimpleNotificationService-0a.pem?x=https://evil.example"))
+	f.Add(message("https://sns.eu-west-1.amazonaws.com@evil.example/SimpleNotificationService-0a.pem"))
+	f.Add([]byte(`{"Type":"SubscriptionConfirmation","TopicArn":"` + topic + `","SignatureVersion":"1","Signature":"","SubscribeURL":1}`))
+	_, der := snsKey(f)
+	var asked []string
+	s := newSNSSigned(topic, &http.Client{Transport: roundTrip(func(req *http.Request) (*http.Response, error) {
+		asked = append(asked, req.URL.String())
+		w := httptest.NewRecorder()
+		return w.Result(), pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: der})
+	})})
+	s.limit = rate.NewLimiter(rate.Inf, 1)
+	f.Fuzz(func(t *testing.T, body []byte) {
+		asked = nil
+		if i := bytes.IndexByte(body, '{'); i >= 0 {
+			body = append([]byte(`{"Timestamp":"`+time.Now().UTC().Format(time.RFC3339)+`",`), body[i+1:]...)
+		}
+		req := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/", nil)
+		if s.check(req, body) == nil {
+			t.Errorf("%q is taken", body)
+		}
+		for _, at := range asked {
+			if path, ok := strings.CutPrefix(at, host); !ok || !snsCertPath.MatchString(path) {
+				t.Errorf("asked %s", at)
+			}
+		}
+		if len(asked) > 1 || len(s.certs) > maxCerts {
+			t.Errorf("asked %q, %d certificates are kept", asked, len(s.certs))
+		}
+	})
 }
 
 // Of a confirmation other fields are signed than of a notification, and they are

@@ -237,6 +237,42 @@ func TestSignaturesAsRegistriesMakeThem(t *testing.T) {
 	}
 }
 
+// FuzzSignature: a body is taken with its own HMAC and nothing else, whichever headers
+// come with it.
+func FuzzSignature(f *testing.F) {
+	var types []string
+	for webhook := range signatures {
+		types = append(types, webhook)
+	}
+	slices.Sort(types)
+	for i := range types {
+		f.Add(uint8(i), "", "sha256=00", []byte("{ }"))
+		f.Add(uint8(i), "0", "757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17", []byte(`{"a" : 1}`))
+	}
+	f.Fuzz(func(t *testing.T, n uint8, first, second string, body []byte) {
+		webhook := types[int(n)%len(types)]
+		kinds, compact := signatures[webhook], webhook == "nexus"
+		verify := signatureCheck(kinds, secret, compact)
+		for _, k := range kinds {
+			req := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/", nil)
+			req.Header[http.CanonicalHeaderKey(kinds[0].header)] = []string{first}
+			req.Header[http.CanonicalHeaderKey(k.header)] = []string{second}
+			if verify(req, body) == nil {
+				t.Errorf("%s: %q with %q is taken", webhook, first, second)
+			}
+			req.Header = http.Header{}
+			req.Header.Set(k.header, k.prefix+hex.EncodeToString(sign(k, secret, body)))
+			if err := verify(req, body); err != nil {
+				t.Errorf("%s: %v", webhook, err)
+			}
+			other := append(bytes.Clone(body), 'x')
+			if verify(req, other) == nil {
+				t.Errorf("%s: %q is taken with the signature of another", webhook, other)
+			}
+		}
+	})
+}
+
 func TestReceiversWithoutAuthenticationAreRefusedAtStart(t *testing.T) {
 	for webhook, auths := range config.ReceiverTypes() {
 		for _, auth := range append(auths, "none") {

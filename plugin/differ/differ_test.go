@@ -2,9 +2,11 @@ package differ
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/rand"
 	"errors"
+	"hash/crc32"
 	"io"
 	"net"
 	"os"
@@ -367,9 +369,24 @@ func TestWorthIgzip(t *testing.T) {
 	}
 }
 
+// FuzzStored compares with where the standard library finds the first block.
 func FuzzStored(f *testing.F) {
-	f.Add([]byte("\x1f\x8b\x08\x1e\x00\x00\x00\x00\x00\x03\x03\x00abcname\x00comment\x00hc\x01"))
-	f.Fuzz(func(_ *testing.T, head []byte) { stored(head) })
+	all := "\x1f\x8b\x08\x1e\x00\x00\x00\x00\x00\x03\x03\x00abcname\x00comment\x00"
+	sum := crc32.ChecksumIEEE([]byte(all))
+	f.Add([]byte(all + string([]byte{byte(sum), byte(sum >> 8)}) + "\x01"))
+	f.Add([]byte(all))
+	f.Add([]byte("\x1f\x8b\x08\x08\x00\x00\x00\x00\x00\x03name\x00\x01"))
+	f.Add([]byte("\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\x04"))
+	f.Fuzz(func(t *testing.T, head []byte) {
+		got, rest := stored(head), bytes.NewReader(head)
+		if _, err := gzip.NewReader(rest); err != nil {
+			return // no header, or one that ends too soon
+		}
+		first, err := rest.ReadByte()
+		if want := err == nil && first&0b110 == 0; got != want {
+			t.Errorf("stored: %v, want %v", got, want)
+		}
+	})
 }
 
 const encrypted = ocispec.MediaTypeImageLayerGzip + "+encrypted"
