@@ -71,6 +71,13 @@ FAULT_TESTS := $(FAULT_TESTS)|FetcherKilled|DaemonRestarted|RegistryFails|Connec
 fuzz-smoke: ## run every fuzz target for FUZZTIME (3000 inputs)
 	.ci/fuzz
 
+# Go keeps what fuzzing finds in its build cache, for one machine; this keeps the best
+# of it for all, to be committed. FUZZ='FuzzLoad$$' takes one target only.
+.PHONY: fuzz-corpus
+fuzz-corpus: FUZZTIME = 60s
+fuzz-corpus: ## fuzz for longer (FUZZTIME=60s), and keep what was found in testdata/fuzz; FUZZ= KEEP=
+	.ci/fuzz-corpus
+
 .PHONY: demo
 demo: build $(BIN)/containerd-2.4.2/containerd ## pull an image on four nodes at once on this machine; as root
 	@[ "$$(id -u)" = 0 ] || { echo "the demo starts containerd: run it as root" >&2; exit 1; }
