@@ -217,6 +217,7 @@ func FuzzAllows(f *testing.F) {
 	f.Add(int64(minSegment), wire(pp.Message{Type: pp.HaveAll}, pp.Message{Type: pp.Unchoke}, pp.Message{Type: pp.Request, Index: 1, Begin: minChunk, Length: minChunk}))
 	f.Add(int64(minSegment-1), wire(pp.Message{Type: pp.Bitfield, Bitfield: make([]bool, 8)}, pp.Message{Type: pp.Have, Index: 3}, pp.Message{Type: pp.Piece, Index: 3, Piece: make([]byte, minChunk)}))
 	f.Add(int64(1), wire(pp.Message{Type: pp.Piece, Piece: []byte("x")}, pp.Message{Type: pp.Extended, ExtendedPayload: []byte("de")}))
+	f.Add(int64(minSegment), wire(pp.Message{Type: pp.Request, Length: minChunk + 1}, pp.Message{Type: pp.Request, Begin: minChunk}, pp.Message{Type: pp.Request, Begin: 1, Length: minChunk}))
 	f.Add(int64(1<<40+7), wire(pp.Message{Type: pp.Cancel, Index: 15, Begin: 1 << 31, Length: 1 << 31}, pp.Message{Type: pp.HaveNone}, pp.Message{Type: pp.HaveAll}))
 	f.Fuzz(func(t *testing.T, size int64, wire []byte) {
 		l := LayoutOf(size)

@@ -65,13 +65,15 @@ func FuzzRegister(f *testing.F) {
 				st = &registerStream{ender: ender{done: make(chan struct{})}, out: newOutbox[*api.RegisterCommand](queueSlack), held: map[digest.Digest]*blob{}}
 				streams[from] = st
 			}
-			if err := s.register(t.Context(), caller{}, st, msg); err != nil {
+			err := s.register(t.Context(), caller{}, st, msg)
+			registrations(t, s)
+			if err != nil {
 				if status.Code(err) == codes.Unknown {
 					t.Errorf("ended with %v", err)
 				}
 				end(from, st)
+				registrations(t, s)
 			}
-			registrations(t, s)
 		}
 		for from, st := range streams {
 			end(from, st)

@@ -145,6 +145,7 @@ func FuzzSNS(f *testing.F) {
 	}
 	f.Add(message(host + "/SimpleNotificationService-0a.pem"))
 	f.Add(message(host + "/SimpleNotificationService-0a.pem?x=https://evil.example"))
+	f.Add(message(host + "/bucket/x.pem"))
 	f.Add(message("https://sns.eu-west-1.amazonaws.com@evil.example/SimpleNotificationService-0a.pem"))
 	f.Add([]byte(`{"Type":"SubscriptionConfirmation","TopicArn":"` + topic + `","SignatureVersion":"1","Signature":"","SubscribeURL":1}`))
 	_, der := snsKey(f)

@@ -373,8 +373,10 @@ func TestWorthIgzip(t *testing.T) {
 func FuzzStored(f *testing.F) {
 	all := "\x1f\x8b\x08\x1e\x00\x00\x00\x00\x00\x03\x03\x00abcname\x00comment\x00"
 	sum := crc32.ChecksumIEEE([]byte(all))
-	f.Add([]byte(all + string([]byte{byte(sum), byte(sum >> 8)}) + "\x01"))
-	f.Add([]byte(all))
+	all += string([]byte{byte(sum), byte(sum >> 8)})
+	for _, head := range []string{all + "\x01", all + "\x04", all, "\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\x03\x03\x00abc\x01"} {
+		f.Add([]byte(head))
+	}
 	f.Add([]byte("\x1f\x8b\x08\x08\x00\x00\x00\x00\x00\x03name\x00\x01"))
 	f.Add([]byte("\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\x04"))
 	f.Fuzz(func(t *testing.T, head []byte) {

@@ -1,6 +1,7 @@
 package fanout
 
 import (
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"maps"
@@ -47,10 +48,12 @@ func FuzzRecord(f *testing.F) {
 	f.Add([]byte(`{"start":"","born":-1,"untold":["",""]}`))
 	f.Fuzz(func(t *testing.T, value []byte) {
 		r, err := decode(value, "a")
-		if err != nil {
+		var said stored
+		if err != nil || json.Unmarshal(value, &said) != nil {
 			return
 		}
-		if check(r.start.Request) != nil || checkNodes(r.start) != nil || r.state == nil && position(r.start.Nodes, "a") >= 0 {
+		if check(r.start.Request) != nil || checkNodes(r.start) != nil || r.state == nil && position(r.start.Nodes, "a") >= 0 ||
+			r.born.UnixMilli() != said.Born || r.changed.UnixMilli() != said.Changed || r.canceled != said.Canceled || r.asked != said.Asked {
 			t.Fatalf("%q is read as %+v", value, r)
 		}
 		kept, err := r.encode()
