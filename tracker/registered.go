@@ -175,10 +175,11 @@ func (s *Server) introduce(ctx context.Context, who caller, st *registerStream, 
 	if err := who.check(msg.GetSelf()); err != nil {
 		return err
 	}
-	if err := ctx.Err(); err != nil {
-		return status.FromContextError(err).Err() // given up already: not to replace one that came after it
-	}
 	s.mu.Lock()
+	if err := st.over(ctx); err != nil {
+		s.mu.Unlock()
+		return err
+	}
 	r := s.registrants[name]
 	if r == nil && len(s.registrants) >= s.limits.registrants {
 		s.mu.Unlock()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -454,4 +455,57 @@ func TestPanicCostsOneStreamOnly(t *testing.T) {
 			t.Errorf("joining again: %v; %d panics", err, caught.Load())
 		}
 	})
+}
+
+// One that was given up, and whose goroutine comes to it only when its node has a newer
+// stream already, does not replace that: it would cost the node its membership.
+func TestStreamThatWasGivenUpReplacesNone(t *testing.T) {
+	hello := helloOf("a", nil).GetHello()
+	alive := func() ender { return ender{done: make(chan struct{})} }
+	for _, c := range []struct {
+		name   string
+		giveUp func(e *ender, cancel func())
+		want   codes.Code
+	}{
+		{"by its node", func(_ *ender, cancel func()) { cancel() }, codes.Canceled},
+		{"here, as it was silent", func(e *ender, _ func()) { e.end(status.Error(codes.DeadlineExceeded, "no hello")) }, codes.DeadlineExceeded},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			older := &joinStream{ender: alive(), out: newOutbox[*api.TrackerMessage](queueSlack)}
+			newer := &joinStream{ender: alive(), out: newOutbox[*api.TrackerMessage](queueSlack)}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var s *Server
+			overtaken := false
+			s = NewServer(ServerOptions{Log: slog.New(slog.DiscardHandler), Layout: func(size int64) Layout {
+				if !overtaken { // the older one is on its way to the blob
+					overtaken = true
+					c.giveUp(&older.ender, cancel)
+					if err := s.join(t.Context(), caller{}, newer, hello); err != nil {
+						t.Error(err)
+					}
+				}
+				return testLayout(size)
+			}})
+			if err := s.join(ctx, caller{}, older, hello); status.Code(err) != c.want {
+				t.Errorf("the older stream joins: %v", err)
+			}
+			if err := newer.over(t.Context()); err != nil {
+				t.Errorf("the newer stream ends: %v", err)
+			}
+			if s.blobs[testDigest].members["a"] != newer {
+				t.Error("the newer stream is no member's any more")
+			}
+			// So it is with what a node registers.
+			first, late := &registerStream{ender: alive()}, &registerStream{ender: alive()}
+			c.giveUp(&late.ender, cancel)
+			msg := &api.RegisterMessage{Self: hello.GetSelf()}
+			if err := s.introduce(t.Context(), caller{}, first, msg); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.introduce(ctx, caller{}, late, msg); status.Code(err) != c.want || s.registrants["a"].live != first {
+				t.Errorf("the older stream registers: %v", err)
+			}
+		})
+	}
 }

@@ -38,6 +38,22 @@ func (e *ender) end(err error) {
 	})
 }
 
+// over is why a stream has ended, or is about to: its node has given it up; nil
+// while it lives. Whoever lets a stream replace another of its node asks under the lock
+// that this needs: goroutines run in any order, but a stream that was given up before
+// the next one was opened on the same connection is over before that one is served.
+func (e *ender) over(ctx context.Context) error {
+	select {
+	case <-e.done:
+		return e.err
+	default:
+	}
+	if err := ctx.Err(); err != nil {
+		return status.FromContextError(err).Err()
+	}
+	return nil
+}
+
 // serve runs a stream's two goroutines and returns when the stream is over.
 // The handler is in neither Send nor Recv itself, which block for as long as
 // the other side likes; both return when the handler has, because that ends
@@ -111,7 +127,7 @@ func (v service) Join(stream api.Tracker_JoinServer) error {
 			spoken()
 			late.Stop()
 			defer v.s.uncount(st)
-			if err := v.s.join(who, st, msg.GetHello()); err != nil {
+			if err := v.s.join(ctx, who, st, msg.GetHello()); err != nil {
 				return err
 			}
 			defer st.leave()
@@ -135,8 +151,9 @@ func (v service) Join(stream api.Tracker_JoinServer) error {
 		})
 }
 
-// join makes the stream a member. The caller owes leave if there is no error.
-func (s *Server) join(who caller, st *joinStream, hello *api.Hello) error {
+// join makes the stream a member, in place of an older one of its node. The caller owes
+// leave if there is no error.
+func (s *Server) join(ctx context.Context, who caller, st *joinStream, hello *api.Hello) error {
 	if err := checkHello(hello); err != nil {
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
@@ -154,6 +171,9 @@ func (s *Server) join(who caller, st *joinStream, hello *api.Hello) error {
 		return err
 	}
 	return s.with(d, func(b *blob) error {
+		if err := st.over(ctx); err != nil {
+			return err
+		}
 		if !b.mayJoin(st.name) {
 			return s.refuse(st.name, d, manyReturns)
 		}
