@@ -58,6 +58,13 @@ const (
 	joinsPerSecond = 1
 	joinsAtOnce    = 32
 
+	// maxReturns bounds the limiters of joins, of all blobs: those of some seconds' joins
+	// of a whole cluster. About 60 MiB, if each is of another blob and the names are as
+	// long as may be.
+	maxReturns = maxAllMemberships
+	// tidyFrom is the least number of them that are looked through.
+	tidyFrom = 64
+
 	// maxNamed is how many that were named are remembered, so that each is named once
 	// in nameAgain.
 	maxNamed  = 4096
@@ -71,6 +78,7 @@ type limits struct {
 	memberships, allMemberships int
 	segments, units             int
 	silent, allSilent           int
+	returns                     int
 }
 
 var bounds = limits{
@@ -78,6 +86,7 @@ var bounds = limits{
 	memberships: maxMemberships, allMemberships: maxAllMemberships,
 	segments: maxSegments, units: maxUnits,
 	silent: maxSilent, allSilent: maxAllSilent,
+	returns: maxReturns,
 }
 
 // Why a node is named that asks for more than the bounds.
@@ -93,6 +102,66 @@ const (
 // messageLimit is how many messages a member of a blob with so many segments may send.
 func messageLimit(segments int) *rate.Limiter {
 	return rate.NewLimiter(messagesPerSecond, messagesAtOnce+2*segments)
+}
+
+// returns is how often each name may join each blob. A name that leaves keeps its
+// limiter, or leaving would be the way around it, but not for longer than that takes to
+// be as good as a new one: joinsAtOnce seconds at joinsPerSecond. Twice as many are held
+// as are not, or tidyFrom, and in all no more than the bound: where more than half of
+// that are in use, all begin anew. A blob's go with its last member. It is safe for
+// concurrent use.
+type returns struct {
+	mu     sync.Mutex
+	of     map[*blob]map[string]*rate.Limiter // guarded by mu
+	n      int                                // limiters; guarded by mu
+	tidyAt int                                // so many are looked through; guarded by mu
+}
+
+// allow says whether a node has not joined the blob again and again, and counts that it
+// does now. So many limiters are held at most.
+func (r *returns) allow(b *blob, name string, most int) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l := r.of[b][name]
+	if l == nil {
+		if r.n >= r.tidyAt {
+			r.tidyLocked(most)
+		}
+		if r.of[b] == nil {
+			r.of[b] = map[string]*rate.Limiter{}
+		}
+		l = rate.NewLimiter(joinsPerSecond, joinsAtOnce)
+		r.of[b][name] = l
+		r.n++
+	}
+	return l.Allow()
+}
+
+// tidyLocked makes room. r.mu must be held.
+func (r *returns) tidyLocked(most int) {
+	for b, byName := range r.of {
+		for name, l := range byName {
+			if l.Tokens() >= joinsAtOnce {
+				delete(byName, name)
+				r.n--
+			}
+		}
+		if len(byName) == 0 {
+			delete(r.of, b)
+		}
+	}
+	if r.of == nil || r.n > most/2 {
+		r.of, r.n = map[*blob]map[string]*rate.Limiter{}, 0
+	}
+	r.tidyAt = max(min(tidyFrom, most), 2*r.n)
+}
+
+// forget drops what there is of a blob.
+func (r *returns) forget(b *blob) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.n -= len(r.of[b])
+	delete(r.of, b)
 }
 
 // refuse ends the stream of a member that asks for more than it may. It is counted

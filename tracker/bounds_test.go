@@ -397,9 +397,9 @@ func TestNothingIsCountedForEver(t *testing.T) {
 		}
 		synctest.Wait()
 		s := b.s
-		if len(s.blobs)+len(s.joined)+s.members+s.units+len(s.registrants)+s.registered != 0 {
-			t.Errorf("%d blobs, %v joined, %d members, %d units, %d registrants, %d registered are left",
-				len(s.blobs), s.joined, s.members, s.units, len(s.registrants), s.registered)
+		if len(s.blobs)+len(s.joined)+s.members+s.units+len(s.registrants)+s.registered+s.returns.n+len(s.returns.of) != 0 {
+			t.Errorf("%d blobs, %v joined, %d members, %d units, %d registrants, %d registered, %d that may return to %d blobs are left",
+				len(s.blobs), s.joined, s.members, s.units, len(s.registrants), s.registered, s.returns.n, len(s.returns.of))
 		}
 	})
 }
@@ -489,6 +489,60 @@ func TestFloodOfReturnsIsRefused(t *testing.T) {
 				t.Errorf("refused at a node's pace: %v", err)
 			}
 		}
+	})
+}
+
+// What is remembered of who has joined is bounded, of any number of names and blobs, and
+// goes when it is of no more use; who joins again and again is not forgotten before.
+func TestReturnsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const most = 1000
+		var r returns
+		check := func(limit int) {
+			t.Helper()
+			inFact := 0
+			for _, byName := range r.of {
+				inFact += len(byName)
+			}
+			if r.n != inFact || r.n > limit {
+				t.Fatalf("%d are counted, there are %d, and %d may be", r.n, inFact, limit)
+			}
+		}
+		blobs := []*blob{{}, {}, {}}
+		for i := range 10 * most { // at once, by names that were made up
+			if !r.allow(blobs[i%3], fmt.Sprint(i), most) {
+				t.Fatal("refused at the first time")
+			}
+			check(most)
+		}
+		for range joinsAtOnce {
+			r.allow(blobs[0], "liar", most)
+		}
+		for i := range 2000 { // as many as a big cluster's nodes, over some time
+			if i%100 == 0 { // every 5 s
+				granted := 0
+				for range joinsAtOnce {
+					if r.allow(blobs[0], "liar", most) {
+						granted++
+					}
+				}
+				if granted > 6 {
+					t.Fatalf("one that returns again and again may %d times at once after %d", granted, i)
+				}
+			}
+			time.Sleep(50 * time.Millisecond) // virtual
+			if !r.allow(blobs[1], fmt.Sprint("honest", i), most) {
+				t.Fatal("refused at the first time")
+			}
+			check(most)
+		}
+		if check(2 * tidyFrom); len(r.of[blobs[2]]) > 0 {
+			t.Error("a blob that nobody joins is remembered")
+		}
+		for _, b := range blobs {
+			r.forget(b)
+		}
+		check(0)
 	})
 }
 
@@ -596,6 +650,18 @@ func TestBoundsInBytes(t *testing.T) {
 	if each*maxHeld > 56<<20 || each*maxRegistered > 224<<20 {
 		t.Error("that is too much")
 	}
+
+	before = heap()
+	var r returns
+	for i := range some {
+		r.allow(&blob{}, fmt.Sprintf("%0*d", maxText, i), maxReturns)
+	}
+	each = (heap() - before) / some
+	t.Logf("a member that may return is %d bytes: all %d MiB", each, each*maxReturns>>20)
+	if each*maxReturns > 96<<20 {
+		t.Error("that is too much")
+	}
+	runtime.KeepAlive(&r)
 
 	const segments = 1 << 14
 	before = heap()

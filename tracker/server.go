@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -91,8 +90,9 @@ type Server struct {
 	ends    atomic.Pointer[<-chan struct{}] // Run's ctx.Done()
 	timers  timers
 
-	limits limits
-	named  mentions
+	limits  limits
+	named   mentions
+	returns returns
 
 	// Lock order: a blob's mu, then mu. The rest is guarded by mu.
 	mu          sync.Mutex
@@ -219,13 +219,12 @@ type blob struct {
 	digest digest.Digest
 
 	mu       sync.Mutex
-	dead     bool                     // no longer in the server's map; guarded by mu
-	machine  *Machine                 // nil while there are no members; guarded by mu
-	units    int                      // of the machine, see maxUnits; guarded by mu
-	members  map[string]*joinStream   // nil before the first; guarded by mu
-	seeders  seeders                  // guarded by mu
-	joins    map[string]*rate.Limiter // how often each name may join while the machine lives; guarded by mu
-	schedule time.Time                // the timer that is set; guarded by mu
+	dead     bool                   // no longer in the server's map; guarded by mu
+	machine  *Machine               // nil while there are no members; guarded by mu
+	units    int                    // of the machine, see maxUnits; guarded by mu
+	members  map[string]*joinStream // nil before the first; guarded by mu
+	seeders  seeders                // guarded by mu
+	schedule time.Time              // the timer that is set; guarded by mu
 }
 
 // with calls f with the blob locked, and forgets the blob afterwards if
@@ -275,25 +274,12 @@ func (b *blob) reap() {
 
 // close drops the machine. b.mu must be held.
 func (b *blob) close() {
-	b.machine, b.members, b.joins = nil, nil, nil
+	b.machine, b.members = nil, nil
+	b.s.returns.forget(b)
 	b.s.mu.Lock()
 	defer b.s.mu.Unlock()
 	b.s.units -= b.units
 	b.units = 0
-}
-
-// mayJoin says whether a node has not joined this blob again and again, and counts
-// that it does now. b.mu must be held.
-func (b *blob) mayJoin(name string) bool {
-	l := b.joins[name]
-	if l == nil {
-		if b.joins == nil || len(b.joins) >= 2*maxMembers {
-			b.joins = map[string]*rate.Limiter{} // those long gone, for the most part
-		}
-		l = rate.NewLimiter(joinsPerSecond, joinsAtOnce)
-		b.joins[name] = l
-	}
-	return l.Allow()
 }
 
 // handle lets the machine, if there is one, handle an event. One that comes

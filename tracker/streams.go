@@ -174,7 +174,7 @@ func (s *Server) join(ctx context.Context, who caller, st *joinStream, hello *ap
 		if err := st.over(ctx); err != nil {
 			return err
 		}
-		if !b.mayJoin(st.name) {
+		if !s.returns.allow(b, st.name, s.limits.returns) {
 			return s.refuse(st.name, d, manyReturns)
 		}
 		if b.machine == nil {
