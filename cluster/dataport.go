@@ -163,6 +163,7 @@ func (p *DataPort) admit(ctx context.Context, tcp net.Conn, proved func()) {
 	}
 	queue := p.torrent
 	if conn.ConnectionState().NegotiatedProtocol == ProtoGRPC {
+		tune(tcp, heldAfter, heldProbes)
 		queue = p.grpc
 	}
 	if !queue.offer(conn) {

@@ -203,8 +203,18 @@ const deadAfter = 10 * time.Second
 // that has room for as many probes as a connection at rest is to survive the loss of.
 const deafAfter = 3500 * time.Millisecond
 
-// lostProbes is how many probes in a row must be lost before a connection at rest is.
-const lostProbes = 3
+// heldAfter is how long a tracker's member may leave unconfirmed what it was sent: not
+// much longer, since the others are sent to members that are gone for as long. But both
+// sides probe, and where packets are lost the tracker is not to end as many connections
+// once more as its members do: its own survive the loss of one probe more.
+const heldAfter = 4500 * time.Millisecond
+
+// lostProbes is how many probes in a row must be lost before a connection at rest is,
+// and heldProbes the same where it is to a tracker, at that end.
+const (
+	lostProbes = 3
+	heldProbes = lostProbes + 1
+)
 
 // maxUnsent is how many bytes of a connection may wait in the kernel that are
 // not on the wire: enough for a few milliseconds at 1 Gbit/s.
@@ -214,7 +224,10 @@ const maxUnsent = 256 << 10
 // connection rests, and by a limit on how long sent bytes may go unconfirmed, which is
 // not below 3.5 seconds. Linux ends a connection at rest by the same limit, however
 // many probes were to be sent: all of them have to fit into it.
-func Tune(conn net.Conn, unconfirmed time.Duration) {
+func Tune(conn net.Conn, unconfirmed time.Duration) { tune(conn, unconfirmed, lostProbes) }
+
+// tune is Tune, with how many probes in a row must be lost.
+func tune(conn net.Conn, unconfirmed time.Duration, probes int) {
 	tcp, ok := conn.(*net.TCPConn)
 	if !ok {
 		return
@@ -222,8 +235,8 @@ func Tune(conn net.Conn, unconfirmed time.Duration) {
 	// The kernel counts in seconds. The last probe goes out half an interval before
 	// the limit, and is answered or the connection closed half a one after it.
 	interval := max((unconfirmed / 5).Truncate(time.Second), time.Second)
-	idle := (unconfirmed - (lostProbes-1)*interval - interval/2).Truncate(time.Second)
+	idle := (unconfirmed - time.Duration(probes-1)*interval - interval/2).Truncate(time.Second)
 	// An error means that the connection is dead already: its first use tells.
-	_ = tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: idle, Interval: interval, Count: lostProbes})
+	_ = tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: idle, Interval: interval, Count: probes})
 	setTCP(tcp, unconfirmed, maxUnsent)
 }
