@@ -197,6 +197,10 @@ func (m *Machine) hedge(now time.Time) {
 	if len(m.fetchers) >= maxFetchers {
 		return
 	}
+	if until := m.announcing(); now.Before(until) {
+		m.wakeAt(until)
+		return
+	}
 	best := m.candidate(true)
 	if best == nil {
 		best = m.candidate(false)
@@ -212,6 +216,21 @@ func (m *Machine) hedge(now time.Time) {
 		m.tell(now, best)
 		m.wakeAt(now.Add(m.stall))
 	}
+}
+
+// announcing is until when a member that has the whole blob is waited for, as it is about
+// to announce the rest; the zero time if none is, or somebody cannot take it. One that
+// has just fetched it may leave others behind that were sent before it and stand still.
+func (m *Machine) announcing() (until time.Time) {
+	if m.tainting() {
+		return time.Time{}
+	}
+	for _, x := range m.list {
+		if x.class == source {
+			until = later(until, x.heard.Add(m.stall))
+		}
+	}
+	return until
 }
 
 // idles has a member named that was told to fetch and has not begun.

@@ -426,6 +426,17 @@ var machineTests = []machineTest{
 			5900ms status b prefix=2
 			7s    status b prefix=2.5
 			8.9s  tick`},
+	{name: "no hedge beside one that is gone while another that has all has yet to announce it", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			0s    join c can            > c wait
+			0s    status a fetching -can
+			4s    tick                  > b fetch
+			4s    status b fetching -can
+			5s    status b prefix=2
+			6.5s  status b -fetching whole
+			8.4s  tick
+			8.5s  tick                  > c fetch`},
 	{name: "a busy fetcher is given more time, until it is idle", lines: `
 			0s    join a can            > a fetch
 			0s    join b can            > b wait
