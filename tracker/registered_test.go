@@ -34,7 +34,7 @@ func FuzzRegister(f *testing.F) {
 		s := NewServer(ServerOptions{Layout: testLayout, Log: slog.New(slog.DiscardHandler)})
 		s.limits.held, s.limits.registered, s.limits.registrants = 4, 6, 2
 		member := &joinStream{ender: ender{done: make(chan struct{})}, out: newOutbox[*api.TrackerMessage](queueSlack)}
-		if err := s.join(caller{}, member, &api.Hello{
+		if err := s.join(t.Context(), caller{}, member, &api.Hello{
 			Digest: testDigest.String(), Size: testSize, Self: &api.Peer{Name: "m", Address: "x"}, Status: &api.Status{CanFetch: true},
 		}); err != nil {
 			t.Fatal(err)
