@@ -153,7 +153,8 @@ func FuzzSNS(f *testing.F) {
 	s := newSNSSigned(topic, &http.Client{Transport: roundTrip(func(req *http.Request) (*http.Response, error) {
 		asked = append(asked, req.URL.String())
 		w := httptest.NewRecorder()
-		return w.Result(), pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: der})
+		err := pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: der})
+		return w.Result(), err
 	})})
 	s.limit = rate.NewLimiter(rate.Inf, 1)
 	f.Fuzz(func(t *testing.T, body []byte) {
