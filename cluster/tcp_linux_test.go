@@ -85,17 +85,17 @@ func tuned(t *testing.T, conn net.Conn) (on bool, idle, interval, unconfirmed ti
 		t.Fatal(err)
 	}
 	if err := raw.Control(func(fd uintptr) {
-		get := func(level, option int) time.Duration {
+		get := func(level, option int) int {
 			n, err := unix.GetsockoptInt(int(fd), level, option)
 			if err != nil {
 				t.Error(err)
 			}
-			return time.Duration(n)
+			return n
 		}
 		on = get(unix.SOL_SOCKET, unix.SO_KEEPALIVE) != 0
-		idle = get(unix.IPPROTO_TCP, unix.TCP_KEEPIDLE) * time.Second
-		interval = get(unix.IPPROTO_TCP, unix.TCP_KEEPINTVL) * time.Second
-		unconfirmed = get(unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT) * time.Millisecond
+		idle = time.Duration(get(unix.IPPROTO_TCP, unix.TCP_KEEPIDLE)) * time.Second
+		interval = time.Duration(get(unix.IPPROTO_TCP, unix.TCP_KEEPINTVL)) * time.Second
+		unconfirmed = time.Duration(get(unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT)) * time.Millisecond
 	}); err != nil {
 		t.Fatal(err)
 	}
