@@ -143,7 +143,8 @@ func (m *memory) equal(content []byte) bool {
 	return bytes.Equal(m.bytes, content)
 }
 
-// await waits until all n bytes at off are present.
+// await waits until all n bytes at off are present, for as long as more become so: how
+// long all take depends on what else the machine does.
 func (m *memory) await(t testing.TB, off, n int64) {
 	t.Helper()
 	limit := time.NewTimer(patience)
@@ -151,8 +152,9 @@ func (m *memory) await(t testing.TB, off, n int64) {
 	for !m.Present(off, n) {
 		select {
 		case <-m.marked:
+			limit.Reset(patience)
 		case <-limit.C:
-			t.Fatalf("%d bytes at %d not there after %v", n, off, patience)
+			t.Fatalf("%d bytes at %d not there, and none became so for %v", n, off, patience)
 		}
 	}
 }
