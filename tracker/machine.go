@@ -474,7 +474,7 @@ func (m *Machine) retract(now time.Time, x *member) {
 	told := m.takers(x.name)
 	for i := range m.segs {
 		if m.segs[i].author == x.name {
-			m.reset(i)
+			m.renounce(now, i)
 		}
 	}
 	m.takeBack(now, told)
@@ -534,7 +534,7 @@ func (m *Machine) blame(now time.Time, x *member, name, reason string) {
 			continue
 		}
 		z.suspect = true
-		if banned && z != x && (z.class != fetcher || z.from > 0) {
+		if banned && z != x && !z.fetchesAll() {
 			told = append(told, z)
 		}
 	}

@@ -48,6 +48,9 @@ type member struct {
 	held  int         // number of segments announced
 	knows []bool      // per segment: has been sent the piece hashes
 	given [][]*member // per segment that it lacks: the peers it was told
+	// forgot is the hashes by which it announced segments that were forgotten since,
+	// for as long as it is not known whether they were right; nil without any.
+	forgot map[int][]byte
 
 	// retracts is how many Retract messages it is to have taken: what it says
 	// before it has does not count.
@@ -102,7 +105,13 @@ func newMember(now time.Time, h *api.Hello, segments int) *member {
 func (x *member) stale() bool { return x.retracted < x.retracts }
 
 // empty notes that the member has thrown away all that it had.
-func (x *member) empty() { x.prefix, x.present, x.suspect, x.took = 0, 0, false, nil }
+func (x *member) empty() {
+	x.prefix, x.present, x.suspect, x.took, x.forgot = 0, 0, false, nil, nil
+}
+
+// fetchesAll says whether the member brings the blob from the registry from its first
+// byte on.
+func (x *member) fetchesAll() bool { return x.class == fetcher && x.from == 0 }
 
 // apply takes over a member's status and says whether anything has changed
 // that decide has to know of.
@@ -148,7 +157,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		x.told = time.Time{} // the client that was to be sent is gone
 	}
 	lost := present < x.present && !s.GetWhole()
-	completed := s.GetWhole() && !x.whole && m.contested
+	completed := s.GetWhole() && !x.whole
 	turned := x.class != gone && x.canFetch != s.GetCanFetch()
 	x.prefix, x.present = prefix, present
 	x.canFetch, x.fetching, x.whole = s.GetCanFetch(), s.GetFetching(), s.GetWhole()
@@ -165,12 +174,15 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		}
 	}
 	if completed {
+		m.recall(now, x)
+	}
+	if completed && m.contested {
 		for i := range m.segs {
 			m.witness(now, i, x)
 		}
 	}
 	if lost {
-		x.suspect, x.took = false, nil
+		x.suspect, x.took, x.forgot = false, nil, nil
 		m.lose(now, x)
 		return true
 	}

@@ -158,15 +158,24 @@ func (m *Machine) supersede(i int, sent bool) {
 	}
 }
 
-// renounce forgets a segment whose author is shut out, but for members that do not
-// have it from there: they will not announce it again.
+// renounce forgets a segment whose author is shut out or takes it back, but for members
+// that do not have it from there: they will not announce it again. Nor will one that
+// fetches all from the registry, which is not told to throw anything away: what it said
+// counts again when it has the whole blob.
 func (m *Machine) renounce(now time.Time, i int) {
 	s := &m.segs[i]
 	pieces, author := s.pieces, s.author
 	var own []*member
 	for _, y := range append(slices.Clone(s.origins), s.relays...) {
-		if y.name != author && (y.whole || m.apart(i, y)) {
+		switch {
+		case y.name == author:
+		case y.whole || m.apart(i, y):
 			own = append(own, y)
+		case y.fetchesAll():
+			if y.forgot == nil {
+				y.forgot = map[int][]byte{}
+			}
+			y.forgot[i] = pieces
 		}
 	}
 	m.reset(i)
@@ -176,6 +185,17 @@ func (m *Machine) renounce(now time.Time, i int) {
 		}
 		m.hold(now, i, y)
 	}
+}
+
+// recall takes what was forgotten of x, which has found out that it has the whole blob,
+// for said again.
+func (m *Machine) recall(now time.Time, x *member) {
+	for i := range m.segs {
+		if pieces := x.forgot[i]; pieces != nil {
+			m.announce(now, x, &api.Announce{Segment: uint32(i), Pieces: pieces})
+		}
+	}
+	x.forgot = nil
 }
 
 // apart says whether nothing that x has is from the author of segment i: x has

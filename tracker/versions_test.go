@@ -294,6 +294,42 @@ var versionTests = []machineTest{
 			5ms   bad b                 > l out, c retract, b seg0*(a), c seg0*(b)
 			6ms   status b prefix=0
 			7ms   status a prefix=1 -fetching can > a fetch`},
+	{name: "who fetched all by itself has what was forgotten with its author as soon as it is whole", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 0 x
+			0s    join a can            > a seg0*(l)
+			0s    join b can            > b seg0*(a)
+			0s    join c can            > c seg0*(a+b)
+			1ms   status a fetching -can > b seg0(l)
+			2ms   announce a 0 x
+			3ms   status b prefix=4
+			3ms   status c prefix=4
+			4ms   bad b                 > l named
+			5ms   bad c                 > l out
+			6ms   status a whole prefix=4 -fetching > b seg0*(c), c seg0*(a)`},
+	{name: "but not if it has lost its bytes since", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 0 x
+			0s    join a can            > a seg0*(l)
+			0s    join b can            > b seg0*(a)
+			0s    join c can            > c seg0*(a+b)
+			1ms   status a fetching -can > b seg0(l)
+			1ms   status a present=1 fetching -can
+			2ms   announce a 0 x
+			3ms   status b prefix=4
+			3ms   status c prefix=4
+			4ms   bad b                 > l named
+			5ms   bad c                 > l out
+			6ms   status a fetching present=0 -can
+			7ms   status a whole prefix=4 -fetching`},
+	{name: "those that are whole keep what another takes back that the registry has sent other bytes", lines: `
+			0s    join a can            > a fetch
+			0s    join b can            > b wait
+			1ms   status a fetching -can
+			2ms   announce a 0          > b seg0*(a)
+			3ms   join s whole has=0    > s wait, b seg0(s)
+			4ms   bad a own             > a named, a seg0*(b), b retract, b seg0*(s)
+			5ms   join c can            > c seg0*(b)`},
 	{name: "those that are whole still have what they announced as one that is shut out did", lines: `
 			0s    join l whole          > l wait
 			0s    announce l 0
