@@ -74,8 +74,8 @@ fuzz-smoke: ## run every fuzz target for FUZZTIME (3000 inputs)
 # Go keeps what fuzzing finds in its build cache, for one machine; this keeps the best
 # of it for all, to be committed. FUZZ='FuzzLoad$$' takes one target only.
 .PHONY: fuzz-corpus
-fuzz-corpus: FUZZTIME = 60s
-fuzz-corpus: ## fuzz for longer (FUZZTIME=60s), and keep what was found in testdata/fuzz; FUZZ= KEEP=
+fuzz-corpus: FUZZTIME := $(if $(filter file,$(origin FUZZTIME)),30000x,$(FUZZTIME))
+fuzz-corpus: ## fuzz for longer (FUZZTIME=30000x), and keep what was found in testdata/fuzz; FUZZ= KEEP=
 	.ci/fuzz-corpus
 
 .PHONY: demo

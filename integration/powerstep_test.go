@@ -106,7 +106,7 @@ func stepStore(ctx context.Context, root string) error {
 	}
 	say := func(what, name string) { fmt.Printf("%s %s\n", what, name) }
 	staged := func(p *blobPull) error {
-		soon, cancel := context.WithTimeout(ctx, 20*time.Second)
+		soon, cancel := context.WithTimeout(ctx, 5*time.Minute) // it stands still for most of the time
 		defer cancel()
 		return harness.Poll(soon, 5*time.Millisecond, func() error {
 			_, err := os.Stat(filepath.Join(root, "imagewolf", "staging", p.digest.Encoded()+".json"))
@@ -189,7 +189,9 @@ func TestPowerLossAtEachStep(t *testing.T) {
 	told := int(out.Fd()) // once: it makes reads wait
 	must(t, unix.SetNonblock(told, true))
 	var stderr bytes.Buffer
-	cmd := exec.CommandContext(t.Context(), self)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, self)
 	// GODEBUG: fewer signals, each of which is a stop.
 	cmd.Env = append(os.Environ(), storeAt+"="+root, "GODEBUG=asyncpreemptoff=1")
 	cmd.Stdout, cmd.Stderr = in, &stderr
@@ -322,8 +324,51 @@ func (l *powerLosses) pullAll(s *store.Store) error {
 	return nil
 }
 
-// copyDisk copies what a disk has, but for its holes.
-func copyDisk(to, from string) (err error) {
+// copyDisk copies what a mounted disk has, as it is at one moment: the kernel goes on
+// writing back while the store stands still.
+func copyDisk(to, from string) error {
+	for range 50 {
+		before, idle, err := diskWrites(from)
+		if err == nil {
+			err = copyFile(to, from)
+		}
+		after, _, err2 := diskWrites(from)
+		if err = errors.Join(err, err2); err != nil {
+			return err
+		}
+		if idle && before == after {
+			return nil
+		}
+	}
+	return errors.New("the kernel does not stop writing")
+}
+
+// diskWrites is what the kernel has written to the loop device of a file, and whether
+// nothing is on its way there (Documentation/block/stat.rst).
+func diskWrites(file string) (written string, idle bool, err error) {
+	backing, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return "", false, err
+	}
+	for _, b := range backing {
+		if name, err := os.ReadFile(b); err != nil || strings.TrimSpace(string(name)) != file {
+			continue
+		}
+		stat, err := os.ReadFile(filepath.Join(filepath.Dir(b), "..", "stat"))
+		if err != nil {
+			return "", false, err
+		}
+		f := strings.Fields(string(stat))
+		if len(f) < 9 {
+			return "", false, fmt.Errorf("statistics of %s: %q", file, stat)
+		}
+		return f[4] + " writes of " + f[6] + " sectors", f[8] == "0", nil
+	}
+	return "", false, fmt.Errorf("%s is on no loop device", file)
+}
+
+// copyFile copies a file but for its holes.
+func copyFile(to, from string) (err error) {
 	src, err := os.Open(from)
 	if err != nil {
 		return err

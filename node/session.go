@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -395,8 +396,11 @@ func (s *session) meet(i int, name, address string) {
 	if len(name) > maxPeerText || len(address) > maxPeerText {
 		return
 	}
-	if len(s.peers[i]) < maxTold {
-		s.peers[i] = append(s.peers[i], address)
+	if told := s.peers[i]; !slices.Contains(told, address) {
+		if len(told) >= maxTold {
+			told = told[1:] // the oldest
+		}
+		s.peers[i] = append(told, address)
 	}
 	if _, known := s.met[name]; known || len(s.met) < maxMet {
 		s.met[name] = address

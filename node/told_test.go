@@ -209,12 +209,15 @@ func TestToldTooMuch(t *testing.T) {
 	for i := range 20 {
 		m := &apiv1.Segment{Pieces: pieces, Peers: []*apiv1.Peer{{Name: strings.Repeat("a", maxPeerText+1)}, {Name: "far", Address: strings.Repeat("a", maxPeerText+1)}}}
 		for j := range 1000 {
-			m.Peers = append(m.Peers, &apiv1.Peer{Name: fmt.Sprint(i, "-", j), Address: "127.0.0.1:1"})
+			m.Peers = append(m.Peers, &apiv1.Peer{Name: fmt.Sprint(i, "-", j), Address: fmt.Sprintf("127.0.0.1:%d", i*1000+j)},
+				&apiv1.Peer{Name: "again", Address: "127.0.0.1:19998"})
 		}
 		s.handle(t.Context(), segmentMessage(m))
 	}
 	bounded(t, s)
-	if len(s.met) != maxMet || len(s.peers[0]) != maxTold || s.met["far"] != "" {
+	// The newest are kept, each once.
+	if len(s.met) != maxMet || len(s.peers[0]) != maxTold || s.met["far"] != "" || s.peers[0][maxTold-1] != "127.0.0.1:19999" ||
+		s.peers[0][0] != "127.0.0.1:19936" {
 		t.Errorf("%d met, %d told", len(s.met), len(s.peers[0]))
 	}
 }

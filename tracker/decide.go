@@ -72,15 +72,13 @@ func (m *Machine) supplied(now time.Time) bool {
 		until = m.lastMove().Add(2 * m.stall)
 	}
 	for _, x := range m.list {
-		switch {
-		case x.class == source:
-			until = later(until, x.heard.Add(m.stall))
-		case !until.IsZero() && x.starves(m.size) && x.works(now, m.stall):
+		if !until.IsZero() && x.starves(m.size) && x.works(now, m.stall) {
 			// Its line works, and is slow or full of other blobs.
 			until = later(until, m.lastMove().Add(m.most(busyStalls*m.stall)))
 			m.wakeAt(x.busyAt.Add(m.stall))
 		}
 	}
+	until = later(until, m.announcing(m.hungry()))
 	for _, s := range m.seeders {
 		if m.members[s.name] == nil && !s.asked.IsZero() && !s.failed {
 			until = later(until, s.asked.Add(m.stall))
@@ -130,6 +128,9 @@ func (m *Machine) fill(now time.Time) {
 		// Others hold what comes next: let the one that will go on take it
 		// from them first, so that the registry is asked for no byte twice.
 		until = m.lastMove().Add(m.stall)
+		if most := m.hungry(); until.After(most) {
+			until = most
+		}
 	case best.suspect:
 		// It has bytes that others found wrong, and is about to find out.
 		until = m.vacant.Add(m.stall)
@@ -139,6 +140,18 @@ func (m *Machine) fill(now time.Time) {
 		return
 	}
 	m.tell(now, best)
+}
+
+// hungry is until when members without a fetcher, none of which has come to a new byte,
+// wait at most for what others announce.
+func (m *Machine) hungry() time.Time {
+	fed := m.vacant
+	for _, x := range m.list {
+		if x.starves(m.size) {
+			fed = later(fed, x.moved)
+		}
+	}
+	return fed.Add(m.most(busyStalls * m.stall))
 }
 
 // reach is the end of the bytes from 0 on that are among the members and that
@@ -197,7 +210,9 @@ func (m *Machine) hedge(now time.Time) {
 	if len(m.fetchers) >= maxFetchers {
 		return
 	}
-	if until := m.announcing(); now.Before(until) {
+	// One that has just fetched all is about to announce it, and may leave others behind
+	// that were sent before it and stand still.
+	if until := m.announcing(still.Add(2 * m.stall)); now.Before(until) && !m.tainting() {
 		m.wakeAt(until)
 		return
 	}
@@ -218,17 +233,17 @@ func (m *Machine) hedge(now time.Time) {
 	}
 }
 
-// announcing is until when a member that has the whole blob is waited for, as it is about
-// to announce the rest; the zero time if none is, or somebody cannot take it. One that
-// has just fetched it may leave others behind that were sent before it and stand still.
-func (m *Machine) announcing() (until time.Time) {
-	if m.tainting() {
-		return time.Time{}
-	}
+// announcing is until when members that have the whole blob are waited for, which are
+// about to announce more of it; the zero time if there are none. They are not waited for
+// beyond the limit, however much they announce: it may be that nobody can take it.
+func (m *Machine) announcing(limit time.Time) (until time.Time) {
 	for _, x := range m.list {
 		if x.class == source {
 			until = later(until, x.heard.Add(m.stall))
 		}
+	}
+	if until.After(limit) {
+		return limit
 	}
 	return until
 }

@@ -49,7 +49,8 @@ type member struct {
 	knows []bool      // per segment: has been sent the piece hashes
 	given [][]*member // per segment that it lacks: the peers it was told
 	// forgot is the hashes by which it announced segments that were forgotten since,
-	// for as long as it is not known whether they were right; nil without any.
+	// for as long as it is not known whether they were right; nil without any. Only what
+	// was sent to the registry has such, and few are.
 	forgot map[int][]byte
 
 	// retracts is how many Retract messages it is to have taken: what it says

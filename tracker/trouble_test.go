@@ -2,6 +2,7 @@ package tracker
 
 import (
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -232,6 +233,42 @@ func TestPatienceWithThoseThatWait(t *testing.T) {
 		m.list = []*member{{class: leecher, busy: c.busy, busyAt: now}}
 		if got := m.patience(now, &member{fetching: true, moved: epoch, busy: true, busyAt: now, receiving: true}); got != c.want {
 			t.Errorf("after %v, with one that waits (busy: %v): %v, want %v", c.after, c.busy, got, c.want)
+		}
+	}
+}
+
+// One that says it has the whole blob, and announces a segment before each wait for it is
+// over, is not waited for until all go to the registry by themselves.
+func TestOneThatAnnouncesOnAndOnIsNotWaitedForForever(t *testing.T) {
+	for _, c := range []struct {
+		fetcher bool // beside one that stands still
+		want    time.Duration
+	}{
+		{true, 8 * time.Second},   // two stall timeouts more than without
+		{false, 20 * time.Second}, // of a max_wait of 30 s
+	} {
+		s := &script{t: t, m: NewMachine(testDigest, 64*mib, MachineOptions{
+			Layout: testLayout, StallTimeout: testStall, MaxWait: 30 * time.Second,
+		}), stat: map[string]*api.Status{}}
+		if c.fetcher {
+			s.event(epoch, []string{"join", "a", "can"})
+			s.event(epoch, []string{"status", "a", "fetching", "-can"})
+		}
+		s.event(epoch, []string{"join", "l", "whole"})
+		s.event(epoch, []string{"join", "b", "can"})
+		var told time.Duration
+		for at, i := time.Duration(0), 0; at < 40*time.Second && told == 0; at += 100 * time.Millisecond {
+			got := s.tickTo(epoch.Add(at))
+			if at%(1900*time.Millisecond) == 0 {
+				got = append(got, show(s.event(epoch.Add(at), []string{"announce", "l", strconv.Itoa(i)}))...)
+				i++
+			}
+			if slices.Contains(got, "b fetch") {
+				told = at
+			}
+		}
+		if told != c.want {
+			t.Errorf("beside a fetcher: %v: another is sent to the registry after %v, want %v", c.fetcher, told, c.want)
 		}
 	}
 }

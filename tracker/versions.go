@@ -160,7 +160,7 @@ func (m *Machine) supersede(i int, sent bool) {
 
 // renounce forgets a segment whose author is shut out or takes it back, but for members
 // that do not have it from there: they will not announce it again. Nor will one that
-// fetches all from the registry, which is not told to throw anything away: what it said
+// was sent to the registry for all, which is not told to throw anything away: what it said
 // counts again when it has the whole blob.
 func (m *Machine) renounce(now time.Time, i int) {
 	s := &m.segs[i]
@@ -171,7 +171,7 @@ func (m *Machine) renounce(now time.Time, i int) {
 		case y.name == author:
 		case y.whole || m.apart(i, y):
 			own = append(own, y)
-		case y.fetchesAll():
+		case y.sent && y.fetchesAll():
 			if y.forgot == nil {
 				y.forgot = map[int][]byte{}
 			}
@@ -192,6 +192,7 @@ func (m *Machine) renounce(now time.Time, i int) {
 func (m *Machine) recall(now time.Time, x *member) {
 	for i := range m.segs {
 		if pieces := x.forgot[i]; pieces != nil {
+			x.given[i] = nil // it has it from the registry, whomever it was shown since
 			m.announce(now, x, &api.Announce{Segment: uint32(i), Pieces: pieces})
 		}
 	}

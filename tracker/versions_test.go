@@ -294,7 +294,20 @@ var versionTests = []machineTest{
 			5ms   bad b                 > l out, c retract, b seg0*(a), c seg0*(b)
 			6ms   status b prefix=0
 			7ms   status a prefix=1 -fetching can > a fetch`},
-	{name: "who fetched all by itself has what was forgotten with its author as soon as it is whole", lines: `
+	{name: "who fetched all has what was forgotten with its author as soon as it is whole", lines: `
+			0s    join a can            > a fetch
+			0s    join l whole          > l wait
+			0s    join b can            > b wait
+			0s    join c can            > c wait
+			1ms   status a fetching -can
+			1ms   announce l 0 x        > a seg0*(b+c), b seg0*(l), c seg0*(b)
+			2ms   announce a 0 x        > c seg0(a)
+			3ms   status b prefix=4
+			3ms   status c prefix=4
+			4ms   bad b                 > l named
+			5ms   bad c                 > l out
+			6ms   status a whole prefix=4 -fetching > b seg0*(a), c seg0*(b)`},
+	{name: "but not if it was not sent there", lines: `
 			0s    join l whole          > l wait
 			0s    announce l 0 x
 			0s    join a can            > a seg0*(l)
@@ -306,16 +319,16 @@ var versionTests = []machineTest{
 			3ms   status c prefix=4
 			4ms   bad b                 > l named
 			5ms   bad c                 > l out
-			6ms   status a whole prefix=4 -fetching > b seg0*(c), c seg0*(a)`},
-	{name: "but not if it has lost its bytes since", lines: `
+			6ms   status a whole prefix=4 -fetching`},
+	{name: "nor if it has lost its bytes since", lines: `
+			0s    join a can            > a fetch
 			0s    join l whole          > l wait
-			0s    announce l 0 x
-			0s    join a can            > a seg0*(l)
-			0s    join b can            > b seg0*(a)
-			0s    join c can            > c seg0*(a+b)
-			1ms   status a fetching -can > b seg0(l)
+			0s    join b can            > b wait
+			0s    join c can            > c wait
+			1ms   status a fetching -can
+			1ms   announce l 0 x        > a seg0*(b+c), b seg0*(l), c seg0*(b)
 			1ms   status a present=1 fetching -can
-			2ms   announce a 0 x
+			2ms   announce a 0 x        > c seg0(a)
 			3ms   status b prefix=4
 			3ms   status c prefix=4
 			4ms   bad b                 > l named
