@@ -16,8 +16,8 @@ BUILD   := CGO_ENABLED=0 $(GO) build -buildvcs=false -ldflags '$(LDFLAGS)'
 # common is compiled once.
 export GOFLAGS += -trimpath
 
-# How long each fuzz target runs in fuzz-smoke: inputs (3000x) or time (30s).
-export FUZZTIME ?= 3000x
+# How long each fuzz target runs in fuzz-smoke: inputs (1000x) or time (30s).
+export FUZZTIME ?= 1000x
 # More for 'go test', such as TESTFLAGS='-run TestDropIn -v'.
 TESTFLAGS ?=
 
@@ -68,7 +68,7 @@ FAULT_TESTS := Faults|Liars|Strangers|KeyIsExchanged|CertificatesAreExchanged|Di
 FAULT_TESTS := $(FAULT_TESTS)|FetcherKilled|DaemonRestarted|RegistryFails|ConnectionCut|WrongBytes|TrackerKilled|ClusterGone
 
 .PHONY: fuzz-smoke
-fuzz-smoke: ## run every fuzz target for FUZZTIME (3000 inputs)
+fuzz-smoke: ## run every fuzz target for FUZZTIME (1000 inputs)
 	.ci/fuzz
 
 # Go keeps what fuzzing finds in its build cache, for one machine; this keeps the best
