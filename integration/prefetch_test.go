@@ -419,7 +419,8 @@ func TestPrefetchEnds(t *testing.T) {
 		_, err := puller(n).Pull(ctx, prefetch.Request{Image: img.Ref, Namespace: w.ns}, nil)
 		must(t, err)
 		whole(ctx, t, w.ns, img, n)
-		if gets := registry.Gets(img.Layer(0)); len(gets) != 2 || from(t, gets[1]) < 4*mib {
+		// What the registry has sent may still have been on its way to the store.
+		if gets := registry.Gets(img.Layer(0)); len(gets) != 2 || from(t, gets[1]) < mib {
 			t.Errorf("the second pull did not go on: %v", gets)
 		}
 	})
