@@ -133,7 +133,7 @@ var snapshotLeft = regexp.MustCompile(`failed to prepare extraction snapshot .*:
 // inTheWay returns the directory of a snapshot that was left when containerd was killed
 // between its rename and the note of it in the snapshotter's metadata; "" for none. No
 // snapshot can be made then until it is gone, with and without ImageWolf, which has no
-// part in snapshots.
+// part in snapshots (as github.com/containerd/accelerated-container-image/issues/102).
 func inTheWay(err error) string {
 	if err == nil {
 		return ""

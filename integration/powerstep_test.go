@@ -117,7 +117,10 @@ func stepStore(ctx context.Context, root string) error {
 	if err == nil {
 		_, err = long.Write(long.data[:17*mib])
 	}
-	if err = errors.Join(err, staged(long)); err != nil {
+	if err == nil {
+		err = staged(long)
+	}
+	if err != nil {
 		return fmt.Errorf("long: %w", err)
 	}
 	// What syncs this one has the disk learn of the long one's progress, too.
@@ -140,10 +143,13 @@ func stepStore(ctx context.Context, root string) error {
 	if err == nil {
 		_, err = torn.Write(torn.data[:mib])
 	}
-	if err = errors.Join(err, torn.Close()); err != nil {
-		return fmt.Errorf("torn: %w", err)
+	if err == nil {
+		err = torn.Close()
 	}
-	if err := staged(torn); err != nil { // kept on the disk in the background
+	if err == nil {
+		err = staged(torn) // kept on the disk in the background
+	}
+	if err != nil {
 		return fmt.Errorf("torn: %w", err)
 	}
 	say("aside", "torn")
@@ -166,11 +172,11 @@ func stepStore(ctx context.Context, root string) error {
 }
 
 // TestPowerLossAtEachStep: the power goes before each call by which a store changes a
-// file (one of three of a name, unless FAULTS=all): between each write, fsync and rename of blobs that are written,
-// put aside, gone on with, aborted and removed. What the disk has at that moment is
-// mounted as a machine that starts again would: no blob is wrong, none is missing
-// that was committed, and every blob can be pulled then, going on from what was
-// put aside.
+// file (one of three of a name, unless FAULTS=all): between each write, fsync and
+// rename of blobs that are written, put aside, gone on with, aborted and removed. What
+// the disk has at that moment is mounted as a machine that starts again would: no blob
+// is wrong, none is missing that was committed, and every blob can be pulled then, going
+// on from what was put aside.
 func TestPowerLossAtEachStep(t *testing.T) {
 	line := record(t, "power loss at each step", harness.V2)
 	defer timed(line)()

@@ -74,8 +74,10 @@ func stepOnThisThread(cmd *exec.Cmd, dir string, at func(call string) error) (er
 		_ = cmd.Wait() //nolint:errcheck // has been waited for: this gives back what it holds
 	}()
 	var ws unix.WaitStatus
-	if _, err := unix.Wait4(pid, &ws, unix.WALL, nil); err != nil || !ws.Stopped() {
-		return fmt.Errorf("the traced program does not stop: status %#x, %w", ws, err)
+	if _, err := unix.Wait4(pid, &ws, unix.WALL, nil); err != nil {
+		return fmt.Errorf("trace: %w", err)
+	} else if !ws.Stopped() {
+		return fmt.Errorf("the traced program does not stop: status %#x", ws)
 	}
 	const options = unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_EXITKILL
 	if err := unix.PtraceSetOptions(pid, options); err != nil {

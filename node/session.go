@@ -44,10 +44,9 @@ const (
 	// maxRetracted is how often bytes of a blob are taken back from a session
 	// before it goes by the registry alone.
 	maxRetracted = 4
-	// maxMet bounds the peers of a blob that are remembered by name, as many as it has
-	// members, maxTold those of a segment that nobody here has wanted yet, and maxPeerText
-	// the bytes of a name or an address: trackers are not trusted to keep to them.
-	maxMet, maxTold, maxPeerText = 10_000, 64, 512
+	// maxTold bounds the peers of a segment that nobody here has wanted yet. Trackers are
+	// not trusted to keep to their own bounds, which are those of the rest.
+	maxTold = 64
 )
 
 // source is the blob of a session as this node has it: an ingest, or a blob
@@ -393,7 +392,7 @@ func (s *session) segment(m *apiv1.Segment) {
 
 // meet remembers a peer of a segment, within bounds.
 func (s *session) meet(i int, name, address string) {
-	if len(name) > maxPeerText || len(address) > maxPeerText {
+	if len(name) > tracker.MaxText || len(address) > tracker.MaxText {
 		return
 	}
 	if told := s.peers[i]; !slices.Contains(told, address) {
@@ -402,7 +401,7 @@ func (s *session) meet(i int, name, address string) {
 		}
 		s.peers[i] = append(told, address)
 	}
-	if _, known := s.met[name]; known || len(s.met) < maxMet {
+	if _, known := s.met[name]; known || len(s.met) < tracker.MaxMembers {
 		s.met[name] = address
 	}
 }

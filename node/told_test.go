@@ -20,6 +20,7 @@ import (
 	"github.com/imagewolf/imagewolf/node/metrics"
 	"github.com/imagewolf/imagewolf/plugin/store"
 	"github.com/imagewolf/imagewolf/swarm"
+	"github.com/imagewolf/imagewolf/tracker"
 )
 
 // strict is the content of a blob that nothing of is here yet. It notes what must not
@@ -121,7 +122,7 @@ func newTold(t testing.TB, s *swarm.Swarm, size int64) (*session, *strict) {
 // bounded fails the test if a session remembers more than it may, or what cannot be.
 func bounded(t *testing.T, s *session) {
 	t.Helper()
-	if len(s.met) > maxMet {
+	if len(s.met) > tracker.MaxMembers {
 		t.Fatalf("%d peers are remembered", len(s.met))
 	}
 	for i, p := range s.peers {
@@ -207,7 +208,7 @@ func TestToldTooMuch(t *testing.T) {
 		t.Error("hashes that cannot be the segment's are kept")
 	}
 	for i := range 20 {
-		m := &apiv1.Segment{Pieces: pieces, Peers: []*apiv1.Peer{{Name: strings.Repeat("a", maxPeerText+1)}, {Name: "far", Address: strings.Repeat("a", maxPeerText+1)}}}
+		m := &apiv1.Segment{Pieces: pieces, Peers: []*apiv1.Peer{{Name: strings.Repeat("a", tracker.MaxText+1)}, {Name: "far", Address: strings.Repeat("a", tracker.MaxText+1)}}}
 		for j := range 1000 {
 			m.Peers = append(m.Peers, &apiv1.Peer{Name: fmt.Sprint(i, "-", j), Address: fmt.Sprintf("127.0.0.1:%d", i*1000+j)},
 				&apiv1.Peer{Name: "again", Address: "127.0.0.1:19998"})
@@ -216,7 +217,7 @@ func TestToldTooMuch(t *testing.T) {
 	}
 	bounded(t, s)
 	// The newest are kept, each once.
-	if len(s.met) != maxMet || len(s.peers[0]) != maxTold || s.met["far"] != "" || s.peers[0][maxTold-1] != "127.0.0.1:19999" ||
+	if len(s.met) != tracker.MaxMembers || len(s.peers[0]) != maxTold || s.met["far"] != "" || s.peers[0][maxTold-1] != "127.0.0.1:19999" ||
 		s.peers[0][0] != "127.0.0.1:19936" {
 		t.Errorf("%d met, %d told", len(s.met), len(s.peers[0]))
 	}

@@ -26,14 +26,14 @@ const (
 	maxRegistered = 1 << 19
 	// maxRegistrants bounds the nodes that register anything: where certificates prove no
 	// names, one may have any number.
-	maxRegistrants = 2 * maxMembers
+	maxRegistrants = 2 * MaxMembers
 	// maxMemberships bounds the blobs that one node is a member of here. A node
 	// exchanges a few dozen at a time, spread over all trackers.
 	maxMemberships = 2048
 	// maxSegments bounds the segments of the blobs that one node is a member of
 	// here: 80 blobs of 100 GiB. About 32 MiB.
 	maxSegments = 1 << 17
-	// maxMembers bounds one blob's members, and maxAllMemberships those of all blobs.
+	// MaxMembers bounds one blob's members, and maxAllMemberships those of all blobs.
 	maxAllMemberships = 1 << 16
 	// maxUnits bounds the segments of all blobs under way, each counted once for
 	// every member and unitsOfBlob times for itself, which is what it costs. About

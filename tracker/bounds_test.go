@@ -654,7 +654,7 @@ func TestBoundsInBytes(t *testing.T) {
 	before = heap()
 	var r returns
 	for i := range some {
-		r.allow(&blob{}, fmt.Sprintf("%0*d", maxText, i), maxReturns)
+		r.allow(&blob{}, fmt.Sprintf("%0*d", MaxText, i), maxReturns)
 	}
 	each = (heap() - before) / some
 	t.Logf("a member that may return is %d bytes: all %d MiB", each, each*maxReturns>>20)

@@ -78,7 +78,7 @@ func (m *Machine) supplied(now time.Time) bool {
 			m.wakeAt(x.busyAt.Add(m.stall))
 		}
 	}
-	until = later(until, m.announcing(m.hungry()))
+	until = later(until, m.announcing(m.starvedUntil()))
 	for _, s := range m.seeders {
 		if m.members[s.name] == nil && !s.asked.IsZero() && !s.failed {
 			until = later(until, s.asked.Add(m.stall))
@@ -128,7 +128,7 @@ func (m *Machine) fill(now time.Time) {
 		// Others hold what comes next: let the one that will go on take it
 		// from them first, so that the registry is asked for no byte twice.
 		until = m.lastMove().Add(m.stall)
-		if most := m.hungry(); until.After(most) {
+		if most := m.starvedUntil(); until.After(most) {
 			until = most
 		}
 	case best.suspect:
@@ -142,9 +142,9 @@ func (m *Machine) fill(now time.Time) {
 	m.tell(now, best)
 }
 
-// hungry is until when members without a fetcher, none of which has come to a new byte,
+// starvedUntil is until when members without a fetcher, none of which has come to a new byte,
 // wait at most for what others announce.
-func (m *Machine) hungry() time.Time {
+func (m *Machine) starvedUntil() time.Time {
 	fed := m.vacant
 	for _, x := range m.list {
 		if x.starves(m.size) {

@@ -85,12 +85,15 @@ const (
 	// of one segment.
 	hopSources = 3
 
-	maxMembers = 10_000  // members of one blob
-	maxBad     = 10_000  // (author, reporter) pairs kept for one blob
-	maxLosses  = 4       // times a member may lose bytes it had
-	maxText    = 512     // bytes of a name, an address or a zone
-	maxSize    = 1 << 40 // bytes of a blob
-	sha1Size   = 20
+	// MaxMembers bounds the members of one blob.
+	MaxMembers = 10_000
+	// MaxText bounds the bytes of a name, an address or a zone.
+	MaxText = 512
+
+	maxBad    = 10_000  // (author, reporter) pairs kept for one blob
+	maxLosses = 4       // times a member may lose bytes it had
+	maxSize   = 1 << 40 // bytes of a blob
+	sha1Size  = 20
 )
 
 // wrongHashes is why a member is shut out that two others found wrong.
@@ -254,7 +257,7 @@ func (m *Machine) Join(now time.Time, hello *api.Hello) ([]Command, error) {
 	}
 	if old := m.members[name]; old != nil {
 		m.drop(now, old)
-	} else if len(m.list) >= maxMembers {
+	} else if len(m.list) >= MaxMembers {
 		return nil, ErrFull
 	}
 	x := newMember(now, hello, len(m.segs))
@@ -341,7 +344,7 @@ func (m *Machine) Message(now time.Time, name string, msg *api.MemberMessage) []
 // SeederAdded says that a node that is not necessarily a member holds the
 // whole blob and can be asked to serve it.
 func (m *Machine) SeederAdded(now time.Time, name, zone string) []Command {
-	if name == "" || len(name) > maxText || len(zone) > maxText || (m.seeders[name] == nil && len(m.seeders) >= maxMembers) {
+	if name == "" || len(name) > MaxText || len(zone) > MaxText || (m.seeders[name] == nil && len(m.seeders) >= MaxMembers) {
 		return nil
 	}
 	s := m.seeders[name]
@@ -643,11 +646,11 @@ func (m *Machine) shuns(a, b *member) bool {
 func checkHello(h *api.Hello) error {
 	self := h.GetSelf()
 	switch {
-	case self.GetName() == "" || len(self.GetName()) > maxText:
+	case self.GetName() == "" || len(self.GetName()) > MaxText:
 		return errors.New("hello without a usable name")
-	case self.GetAddress() == "" || len(self.GetAddress()) > maxText:
+	case self.GetAddress() == "" || len(self.GetAddress()) > MaxText:
 		return fmt.Errorf("hello of %q without a usable address", self.GetName())
-	case len(h.GetZone()) > maxText:
+	case len(h.GetZone()) > MaxText:
 		return fmt.Errorf("zone of %q is too long", self.GetName())
 	case h.GetSize() <= 0 || h.GetSize() > maxSize:
 		return fmt.Errorf("hello of %q with size %d", self.GetName(), h.GetSize())

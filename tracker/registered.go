@@ -169,7 +169,7 @@ func (s *Server) register(ctx context.Context, who caller, st *registerStream, m
 // registered goes when its goroutine gets to it, unless the new one has by then.
 func (s *Server) introduce(ctx context.Context, who caller, st *registerStream, msg *api.RegisterMessage) error {
 	name := msg.GetSelf().GetName()
-	if name == "" || len(name) > maxText || len(msg.GetZone()) > maxText {
+	if name == "" || len(name) > MaxText || len(msg.GetZone()) > MaxText {
 		return status.Error(codes.InvalidArgument, "first message without a usable name or zone")
 	}
 	if err := who.check(msg.GetSelf()); err != nil {

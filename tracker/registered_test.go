@@ -1,7 +1,6 @@
 package tracker
 
 import (
-	"encoding/binary"
 	"log/slog"
 	"testing"
 
@@ -47,15 +46,8 @@ func FuzzRegister(f *testing.F) {
 			s.retire(st)
 			delete(streams, from)
 		}
-		for len(data) > 1 {
-			from := data[0] % 3
-			n, used := binary.Uvarint(data[1:])
-			if used <= 0 {
-				break
-			}
-			data = data[1+used:]
-			one := data[:min(n, uint64(len(data)))]
-			data = data[len(one):]
+		for from, one := range messages(data) {
+			from %= 3
 			msg := &api.RegisterMessage{}
 			if proto.Unmarshal(one, msg) != nil {
 				continue

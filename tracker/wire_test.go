@@ -2,6 +2,7 @@ package tracker
 
 import (
 	"encoding/binary"
+	"iter"
 	"testing"
 	"time"
 
@@ -44,15 +45,9 @@ func FuzzMessages(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		m := NewMachine(testDigest, testSize, MachineOptions{StallTimeout: testStall, Layout: testLayout})
 		joined := map[byte]string{}
-		for now := epoch; len(data) > 1; now = now.Add(100 * time.Millisecond) {
-			from := data[0]
-			n, used := binary.Uvarint(data[1:])
-			if used <= 0 {
-				return
-			}
-			data = data[1+used:]
-			one := data[:min(n, uint64(len(data)))]
-			data = data[len(one):]
+		now := epoch
+		for from, one := range messages(data) {
+			now = now.Add(100 * time.Millisecond)
 			if name, ok := joined[from]; !ok {
 				var h api.Hello
 				if proto.Unmarshal(one, &h) != nil || checkHello(&h) != nil {
@@ -68,6 +63,24 @@ func FuzzMessages(f *testing.F) {
 			counts(t, m)
 		}
 	})
+}
+
+// messages are what a fuzz target is given: a byte that says who sends a message, its
+// length and its bytes, of which the last ones may be missing.
+func messages(data []byte) iter.Seq2[byte, []byte] {
+	return func(yield func(byte, []byte) bool) {
+		for len(data) > 1 {
+			n, used := binary.Uvarint(data[1:])
+			if used <= 0 {
+				return
+			}
+			from, rest := data[0], data[1+used:]
+			end := min(n, uint64(len(rest)))
+			if data = rest[end:]; !yield(from, rest[:end]) {
+				return
+			}
+		}
+	}
 }
 
 // counts fails the test if what a machine counts cannot be.
