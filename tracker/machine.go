@@ -456,8 +456,13 @@ func (m *Machine) ask(now time.Time, x *member) {
 // Every piece that x took from others had the hash it was to have, or it would
 // not have been taken; so what was wrong is the hashes, and whoever was the
 // first to announce them is to blame, not those that passed the pieces on. x has
-// thrown away what it took.
+// thrown away what it took. If x was told to do so, and said this before it heard
+// that, it speaks of bytes that are dealt with already, and by none of the hashes
+// that it has been told since.
 func (m *Machine) reportBad(now time.Time, x *member) {
+	if x.stale() {
+		return
+	}
 	x.mending = x.class == fetcher
 	for _, name := range m.wrong(x) {
 		m.blame(now, x, name, wrongHashes)

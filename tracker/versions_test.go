@@ -294,6 +294,26 @@ var versionTests = []machineTest{
 			5ms   bad b                 > l out, c retract, b seg0*(a), c seg0*(b)
 			6ms   status b prefix=0
 			7ms   status a prefix=1 -fetching can > a fetch`},
+	{name: "who finds a wrong blob just when it is told to throw the bytes away blames nobody who has the right ones", lines: `
+			0s    join l whole          > l wait
+			0s    announce l 0 x
+			0s    join a can            > a seg0*(l)
+			0s    join b can            > b seg0*(a)
+			0s    join c can            > c seg0*(a+b)
+			1ms   status b prefix=3
+			1ms   status c prefix=3
+			2ms   bad a                 > l named, b seg0(l), a fetch
+			3ms   status a fetching -can
+			4ms   announce a 0 x
+			5ms   bad b                 > l out, c retract, b seg0*(c), c seg0*(a)
+			# It was on its way when c was told.
+			6ms   bad c
+			7ms   status c prefix=0 retracted=1
+			8ms   announce a 1 y        > b seg1*(a), c seg1*(b)
+			9ms   status a whole prefix=4 -fetching
+			# What c says of the bytes that it has since counts.
+			10ms  status c prefix=3
+			11ms  bad c                 > a named, b seg0(a)`},
 	{name: "who fetched all has what was forgotten with its author as soon as it is whole", lines: `
 			0s    join a can            > a fetch
 			0s    join l whole          > l wait
