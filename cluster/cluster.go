@@ -36,6 +36,9 @@ type Member struct {
 	Name    string            // unique in the cluster
 	Address string            // host:port of the data port
 	Labels  map[string]string // the operator's, and "zone"
+	// Slow says that its line has been found slow a while ago: it is the last to track a
+	// blob, as long as such nodes are few.
+	Slow bool
 }
 
 // Zone is the label "zone": nodes of one zone are near each other. Empty if
@@ -62,7 +65,7 @@ type Options struct {
 	// DataAddress is where the data port listens: host:port, port not 0.
 	DataAddress string
 
-	// Labels of this node, known to all; at most about 420 bytes in all.
+	// Labels of this node, known to all; at most about 410 bytes in all.
 	Labels map[string]string
 	// Join has the nodes to begin with: addresses, or names with any number
 	// of address records, each with or without a port (default 7946). They
@@ -82,7 +85,7 @@ type Cluster struct {
 	bind    netip.AddrPort
 	host    netip.Addr // advertised
 	self    Member
-	said    meta // without the keys, which may change
+	said    meta // without what may change: keys, Slow
 	targets []target
 	tune    func(*memberlist.Config) // nil but in tests that cannot wait
 	wait    waits
@@ -97,6 +100,9 @@ type Cluster struct {
 	sorted   []Member                  // guarded by mu; nil until asked for; replaced, never changed
 	trackers []Member                  // guarded by mu; as sorted
 	changed  chan struct{}             // guarded by mu: closed at the next change
+	slow     time.Time                 // guarded by mu: until when this node is Slow
+
+	news chan struct{} // has room for one: what gossip says of this node has changed
 }
 
 // New checks the options and finds the address under which others reach this
@@ -138,7 +144,7 @@ func New(o Options) (*Cluster, error) {
 	}
 	c := &Cluster{
 		o: o, bind: bind, host: host, targets: targets, wait: defaultWaits,
-		changed: make(chan struct{}),
+		changed: make(chan struct{}), news: make(chan struct{}, 1),
 	}
 	said := meta{Port: data.Port(), Labels: maps.Clone(o.Labels)}
 	// A data port bound to one address is reached there, unless the operator
@@ -147,7 +153,8 @@ func New(o Options) (*Cluster, error) {
 		said.Host = ip.String()
 	}
 	c.said = said
-	// There must be room for as many keys as there may ever be.
+	// There must be room for as much as may ever be said.
+	said.Slow = true
 	said.Keys = slices.Repeat([]string{strings.Repeat("A", base64.RawURLEncoding.EncodedLen(fingerprintSize))}, maxKeys)
 	if _, err := said.encode(); err != nil {
 		return nil, err
@@ -165,10 +172,10 @@ func member(name string, host netip.Addr, m meta) Member {
 	if m.Host != "" {
 		h = m.Host
 	}
-	return Member{Name: name, Address: net.JoinHostPort(h, strconv.Itoa(int(m.Port))), Labels: m.Labels}
+	return Member{Name: name, Address: net.JoinHostPort(h, strconv.Itoa(int(m.Port))), Labels: m.Labels, Slow: m.Slow}
 }
 
-// Self is this node as the others see it.
+// Self is this node as the others see it, but for Slow.
 func (c *Cluster) Self() Member { return c.self }
 
 // Members are the live nodes by name, this one included; only this one while
@@ -232,7 +239,7 @@ func (c *Cluster) Run(ctx context.Context) error {
 	}
 	c.setGossip(ml)
 	var following sync.WaitGroup
-	following.Go(func() { c.followKeys(ctx, ml) })
+	following.Go(func() { c.follow(ctx, ml) })
 	c.discover(ctx, ml)
 	following.Wait()
 	c.setGossip(nil)
@@ -252,7 +259,9 @@ func (c *Cluster) Run(ctx context.Context) error {
 func (c *Cluster) reset() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.members = map[string]Member{c.self.Name: c.self}
+	self := c.self
+	self.Slow = time.Now().Before(c.slow)
+	c.members = map[string]Member{c.self.Name: self}
 	c.gossip = map[string]netip.AddrPort{}
 	c.admission.reset()
 	c.publish()

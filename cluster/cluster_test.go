@@ -545,3 +545,32 @@ func (l unluckyListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	return unlucky{conn}, err
 }
+
+// Who is slow tracks last everywhere, and no longer than it was said.
+func TestSlowNodeIsKnown(t *testing.T) {
+	key := GenerateKey()
+	first := nodeOn(t, key, "n0", "127.0.0.1:0", nil)
+	start(t, first.Run)
+	seed := gossipAddr(t, first).String()
+	nodes := []*Cluster{first}
+	for _, name := range []string{"n1", "n2"} {
+		c := nodeOn(t, key, name, "127.0.0.1:0", func(o *Options) { o.Join = []string{seed} })
+		start(t, c.Run)
+		nodes = append(nodes, c)
+	}
+	for _, c := range nodes {
+		awaitMembers(t, c, "n0", "n1", "n2")
+	}
+	d := digest.FromString("blob")
+	order := names(first.Trackers(d))
+	slow := nodes[slices.IndexFunc(nodes, func(c *Cluster) bool { return c.Self().Name == order[0] })]
+	slow.Slow(time.Second)
+	for _, c := range nodes {
+		await(t, c, "asks the slow one last", func() bool {
+			return slices.Equal(names(c.Trackers(d)), []string{order[1], order[2], order[0]})
+		})
+	}
+	for _, c := range nodes {
+		await(t, c, "asks all as before", func() bool { return slices.Equal(names(c.Trackers(d)), order) })
+	}
+}

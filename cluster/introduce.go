@@ -110,21 +110,38 @@ func (c *Cluster) introduce(address string) {
 	}
 }
 
+// Slow has this node be Member.Slow for a while from now on, or for that long again.
+// It does not wait until the others know.
+func (c *Cluster) Slow(d time.Duration) {
+	c.mu.Lock()
+	c.slow = time.Now().Add(d)
+	c.mu.Unlock()
+	select {
+	case c.news <- struct{}{}:
+	default:
+	}
+}
+
 // describe is what gossip says of this node.
 func (c *Cluster) describe() ([]byte, error) {
 	m := c.said
 	m.Keys = c.o.Identity.creds.keys()
+	c.mu.Lock()
+	m.Slow = time.Now().Before(c.slow)
+	c.mu.Unlock()
 	return m.encode()
 }
 
-// followKeys tells the others when this node's keys have changed, until ctx ends.
-func (c *Cluster) followKeys(ctx context.Context, ml *memberlist.Memberlist) {
+// follow tells the others when this node's keys have changed, or whether it is slow has,
+// until ctx ends.
+func (c *Cluster) follow(ctx context.Context, ml *memberlist.Memberlist) {
 	tick := time.NewTicker(c.wait.keys)
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
+		case <-c.news:
 		case <-tick.C:
 		}
 		now, err := c.describe()
@@ -132,16 +149,35 @@ func (c *Cluster) followKeys(ctx context.Context, ml *memberlist.Memberlist) {
 			c.o.Log.Error("this node's key cannot be told to the others", "err", err)
 			continue
 		}
-		c.mu.Lock()
-		changed := !bytes.Equal(now, c.meta)
-		c.meta = now
-		c.mu.Unlock()
-		if !changed {
+		if !c.restate(now) {
 			continue
 		}
-		c.o.Log.Info("this node has a new key: telling the others")
 		if err := ml.UpdateNode(updateTimeout); err != nil {
-			c.o.Log.Warn("gossip: news of this node's key are slow", "err", err)
+			c.o.Log.Warn("gossip: news of this node are slow", "err", err)
 		}
 	}
+}
+
+// restate takes what is to be said of this node, and says whether that is anything new.
+func (c *Cluster) restate(now []byte) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if bytes.Equal(now, c.meta) {
+		return false
+	}
+	c.meta = now
+	self := c.members[c.self.Name]
+	switch slow := time.Now().Before(c.slow); {
+	case slow == self.Slow:
+		c.o.Log.Info("this node has a new key: telling the others")
+		return true
+	case slow:
+		c.o.Log.Info("this node's line is slow: others are to track blobs", "until", c.slow)
+	default:
+		c.o.Log.Info("this node's line has not been slow for a while: it tracks blobs again")
+	}
+	self.Slow = !self.Slow
+	c.members[c.self.Name] = self
+	c.publish()
+	return true
 }

@@ -22,6 +22,7 @@ type meta struct {
 	Host   string            `json:"h,omitempty"` // IP of the data port, if it is not that of gossip
 	Labels map[string]string `json:"l,omitempty"`
 	Keys   []string          `json:"k,omitempty"` // fingerprints of its certificates' keys
+	Slow   bool              `json:"s,omitempty"` // Member.Slow
 }
 
 // maxKeys is how many keys a node may have at one time. One is usual; two while

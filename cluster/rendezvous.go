@@ -16,26 +16,51 @@ const maxTrackers = 32
 // rank puts the members into the key's own order (rendezvous hashing): every
 // node that knows the same members computes the same order, and a member that
 // comes or goes moves no other two relative to each other. The key's first
-// choice is first; the next one stands in for it.
+// choice is first; the next one stands in for it. Slow members come after all others,
+// unless they are more than a quarter: who says so of others must not thin out those
+// that track.
 func rank(key string, members []Member) []Member {
 	type weighed struct {
 		weight uint64
 		member Member
 	}
 	all := make([]weighed, len(members))
+	heed := heedSlow(members)
 	for i, m := range members {
+		m.Slow = m.Slow && heed
 		// A name has no zero byte, so no other pair is hashed the same.
 		sum := sha256.Sum256([]byte(m.Name + "\x00" + key))
 		all[i] = weighed{binary.BigEndian.Uint64(sum[:]), m}
 	}
 	slices.SortFunc(all, func(a, b weighed) int {
-		return cmp.Or(cmp.Compare(b.weight, a.weight), cmp.Compare(a.member.Name, b.member.Name))
+		return cmp.Or(compareSlow(a.member, b.member), cmp.Compare(b.weight, a.weight), cmp.Compare(a.member.Name, b.member.Name))
 	})
 	out := make([]Member, len(all))
 	for i, w := range all {
 		out[i] = w.member
 	}
 	return out
+}
+
+// heedSlow says whether few enough members are slow for that to count.
+func heedSlow(members []Member) bool {
+	slow := 0
+	for _, m := range members {
+		if m.Slow {
+			slow++
+		}
+	}
+	return slow <= max(1, len(members)/4)
+}
+
+func compareSlow(a, b Member) int {
+	switch {
+	case a.Slow == b.Slow:
+		return 0
+	case a.Slow:
+		return 1
+	}
+	return -1
 }
 
 // trackersOf chooses the nodes that track from all members.

@@ -75,6 +75,47 @@ func TestRankSpreads(t *testing.T) {
 	}
 }
 
+// A slow member stands in for all others, as long as such are few.
+func TestSlowMembersComeLast(t *testing.T) {
+	slow := func(members []Member, names ...string) []Member {
+		out := slices.Clone(members)
+		for i := range out {
+			out[i].Slow = slices.Contains(names, out[i].Name)
+		}
+		return out
+	}
+	for _, c := range []struct {
+		members, slow int
+		heeded        bool
+	}{{2, 1, true}, {3, 1, true}, {6, 1, true}, {6, 2, false}, {8, 2, true}, {8, 3, false}, {100, 25, true}, {100, 26, false}} {
+		members := crowd(c.members)
+		var few []string
+		for i := range c.slow {
+			few = append(few, members[i].Name)
+		}
+		before, after := names(trackersOf(members)), names(trackersOf(slow(members, few...)))
+		for blob := range 200 {
+			key := digest.FromString(fmt.Sprint(blob)).String()
+			plain, order := names(rank(key, members)), names(rank(key, slow(members, few...)))
+			want := plain
+			if c.heeded {
+				isSlow := func(name string) bool { return slices.Contains(few, name) }
+				want = slices.DeleteFunc(slices.Clone(plain), isSlow)
+				want = append(want, slices.DeleteFunc(plain, func(name string) bool { return !isSlow(name) })...)
+			}
+			if !slices.Equal(order, want) {
+				t.Fatalf("%d of %d are slow: %v, want %v", c.slow, c.members, order, want)
+			}
+		}
+		if c.members > maxTrackers && slices.ContainsFunc(few, func(name string) bool { return slices.Contains(after, name) }) == c.heeded {
+			t.Errorf("%d of %d are slow: %v track", c.slow, c.members, after)
+		}
+		if !c.heeded && !slices.Equal(before, after) {
+			t.Errorf("%d of %d are slow: %v track, %v did before", c.slow, c.members, after, before)
+		}
+	}
+}
+
 func TestTrackerNodes(t *testing.T) {
 	members := crowd(100)
 	before := names(trackersOf(members))

@@ -31,7 +31,7 @@ func (o *office) note(now time.Time, trackers []cluster.Member) {
 	if len(trackers) < 2 {
 		trackers = nil // who is alone tracks for nobody else
 	}
-	same := func(a, b cluster.Member) bool { return a.Name == b.Name }
+	same := func(a, b cluster.Member) bool { return a.Name == b.Name && a.Slow == b.Slow }
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if n := len(o.terms); n == 0 {
