@@ -33,6 +33,8 @@ const (
 	// many: more than what keeps a connection alive.
 	inflowLately = 2 * time.Second
 	inflowLeast  = 4 << 10
+	// flowSpan is over how much time it is measured how much comes in now.
+	flowSpan = 3 * time.Second
 	// inflowSpan is how long looks are kept.
 	inflowSpan = time.Minute
 	// maxConnections is with how many connections of other processes the node does
@@ -96,6 +98,29 @@ func (f *inflow) receiving(now, since time.Time, fetches int, wait time.Duration
 		}
 	}
 	return false
+}
+
+// rate returns the bytes per second that the TCP connections of other processes have
+// received within the flowSpan up to the last look; 0 where that is not known, since
+// there were no looks or they are not of now.
+func (f *inflow) rate(now time.Time) float64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	last := len(f.samples) - 1
+	if last < 0 || now.Sub(f.samples[last].at) > flowSpan/2 {
+		return 0
+	}
+	var come uint64
+	k := last
+	for ; k > 0 && f.samples[last].at.Sub(f.samples[k].at) < flowSpan; k-- {
+		for socket, n := range f.samples[k].received {
+			come += n - min(f.samples[k-1].received[socket], n)
+		}
+	}
+	if span := f.samples[last].at.Sub(f.samples[k].at); span >= flowSpan {
+		return float64(come) / span.Seconds()
+	}
+	return 0
 }
 
 // look takes a sample if one is due. mu must be held.

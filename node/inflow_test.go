@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"testing"
 	"testing/synctest"
@@ -56,6 +57,39 @@ func TestInflowTellsSlowFromSilent(t *testing.T) {
 			})
 		})
 	}
+}
+
+// What comes in now is known after three seconds, of all connections together, those that
+// are new among them, and no longer than it is looked at.
+func TestInflowRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const kib = 1 << 10
+		received := map[uint32]uint64{1: 80 << 20}
+		f := &inflow{log: slog.New(slog.DiscardHandler), connections: func() (map[uint32]uint64, error) { return maps.Clone(received), nil }}
+		since := time.Now()
+		time.Sleep(quietFor)
+		for tick := range 20 { // 10 seconds
+			f.receiving(time.Now(), since, 1, time.Minute)
+			got, want := f.rate(time.Now()), float64(0)
+			if time.Duration(tick)*sampleEvery >= flowSpan {
+				want = 150 * kib
+			}
+			if got != want {
+				t.Fatalf("%v after the first look: %v bytes/s, want %v", time.Duration(tick)*sampleEvery, got, want)
+			}
+			time.Sleep(sampleEvery)
+			received[1] += 50 * kib
+			if tick >= 10 { // it goes on over another
+				received[1] -= 50 * kib
+				received[2] += 50 * kib
+			}
+			received[3] += 25 * kib
+		}
+		time.Sleep(flowSpan)
+		if got := f.rate(time.Now()); got != 0 {
+			t.Errorf("%v bytes/s, and nobody has looked for %v", got, flowSpan)
+		}
+	})
 }
 
 func TestInflowForgetsWhatWasBeforeTheSilence(t *testing.T) {

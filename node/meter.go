@@ -14,6 +14,8 @@ const (
 	// times are kept: a line is as fast as it has been in the last half hour.
 	meterSlot  = 5 * time.Minute
 	meterSlots = 6
+	// meterLately is how many seconds ago something is that has just been.
+	meterLately = 10
 	// meterRun is how many seconds in a row bytes have to flow for them to tell
 	// anything of how fast the line is.
 	meterRun = 3
@@ -143,11 +145,44 @@ func (m *meter) rates(now time.Time) (line, registry int64) {
 			l, r = max(l, p.line), max(r, p.registry)
 		}
 	}
-	if l >= 1 {
-		line = 1 << bits.Len64(uint64(l)-1)
+	return roundUp(l), roundDown(r)
+}
+
+// now returns the bytes per second that come in from peers, averaged over flowSpan, and
+// what registries have sent in the best of the last seconds, rounded down to a power of
+// two.
+func (m *meter) now(now time.Time) (peers float64, registry int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.base.IsZero() {
+		return 0, 0
 	}
-	if r >= 1 {
-		registry = 1 << (bits.Len64(uint64(r)) - 1)
+	var in, best float64
+	last := m.secondsAt(now)
+	for at := last; at > last-meterLately; at-- {
+		s := m.seconds[at%meterSpan]
+		if s.at != at {
+			continue
+		}
+		best = max(best, s.registry)
+		if last-at <= int64(flowSpan/time.Second) {
+			in += s.in - s.registry
+		}
 	}
-	return line, registry
+	return in / flowSpan.Seconds(), roundDown(best)
+}
+
+// roundUp and roundDown return the next power of two; 0 of what is below 1.
+func roundUp(n float64) int64 {
+	if n < 1 {
+		return 0
+	}
+	return 1 << bits.Len64(uint64(n)-1)
+}
+
+func roundDown(n float64) int64 {
+	if n < 1 {
+		return 0
+	}
+	return 1 << (bits.Len64(uint64(n)) - 1)
 }

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"math"
 	"testing"
 	"time"
 )
@@ -55,6 +56,30 @@ func TestMeter(t *testing.T) {
 		c.feed(m)
 		if line, registry := m.rates(at(c.after)); line != c.line || registry != c.registry {
 			t.Errorf("%s: line %d, registry %d; want %d, %d", c.name, line, registry, c.line, c.registry)
+		}
+	}
+}
+
+// What comes in now is of the last seconds; what registries have sent just now, of the
+// best of the last ten.
+func TestMeterNow(t *testing.T) {
+	const mib = 1 << 20
+	start := time.Unix(1_800_000_000, 0)
+	at := func(seconds float64) time.Time { return start.Add(time.Duration(seconds * float64(time.Second))) }
+	m := &meter{}
+	if peers, registry := m.now(at(0)); peers != 0 || registry != 0 {
+		t.Errorf("before the first byte: %v, %d", peers, registry)
+	}
+	m.received(30*mib, true, at(0), at(3))
+	m.received(9*mib, false, at(0), at(9))
+	for _, c := range []struct {
+		after    float64
+		peers    float64
+		registry int64
+	}{{2.99, 1 * mib, 8 * mib}, {8.99, 1.25 * mib, 8 * mib}, {11.5, mib / 3.0, 8 * mib}, {12.5, 0, 0}} {
+		peers, registry := m.now(at(c.after))
+		if math.Abs(peers-c.peers) > mib/10 || registry != c.registry {
+			t.Errorf("after %v s: %.2f MiB/s from peers, %d from registries; want %.2f, %d", c.after, peers/mib, registry, c.peers/mib, c.registry)
 		}
 	}
 }

@@ -163,19 +163,25 @@ func (s *session) sendInline() {
 
 // status is what the tracker should know now.
 func (s *session) status() *apiv1.Status {
-	load, rank := s.node.book.standing(s.digest)
-	if s.state.Whole {
-		load = s.node.book.sends(s.digest, time.Now())
-	}
 	now := time.Now()
-	line, registry := s.node.meter.rates(now)
 	fetching := s.state.Writing > 0 && !s.state.Whole
+	load, rank := s.node.book.standing(s.digest)
+	fetches := fetching || load > 0 // of whatever blob
+	if s.state.Whole {
+		load = s.node.book.sends(s.digest, now)
+	}
+	line, registry := s.node.meter.rates(now)
 	receiving := fetching && s.node.inflow.receiving(now, s.metered.broughtAt, 1+int(load), busyWaits*s.node.cfg.Tracker.MaxWait.Duration())
+	peers, lately := s.node.meter.now(now)
+	var inflow int64
+	if others := s.node.inflow.rate(now); fetches && others > 0 {
+		inflow = roundUp(others + peers)
+	}
 	return &apiv1.Status{
 		Prefix: s.state.Prefix, Present: s.state.Present,
 		CanFetch: s.state.Waiting > 0, Fetching: fetching,
 		Whole: s.state.Whole, Load: load, Rank: rank, Retracted: uint32(s.retracted),
-		Line: line, Registry: registry,
+		Line: line, Registry: registry, Inflow: inflow, Lately: lately,
 		Receiving: receiving,
 		Busy:      receiving || s.node.book.busy(s.digest, now) || s.receives(now),
 	}
@@ -204,7 +210,7 @@ func (s *session) tell(now time.Time) {
 	only := proto.CloneOf(st)
 	only.Prefix, only.Present, only.Load, only.Rank = s.sent.GetPrefix(), s.sent.GetPresent(), s.sent.GetLoad(), s.sent.GetRank()
 	only.Busy, only.Line, only.Registry = s.sent.GetBusy(), s.sent.GetLine(), s.sent.GetRegistry()
-	only.Receiving = s.sent.GetReceiving()
+	only.Receiving, only.Inflow, only.Lately = s.sent.GetReceiving(), s.sent.GetInflow(), s.sent.GetLately()
 	if proto.Equal(only, s.sent) && now.Sub(s.sentAt) < statusEvery {
 		return
 	}

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	apiv1 "github.com/imagewolf/imagewolf/api/v1"
+	"github.com/imagewolf/imagewolf/cluster"
 	"github.com/imagewolf/imagewolf/config"
 	"github.com/imagewolf/imagewolf/node/metrics"
 	"github.com/imagewolf/imagewolf/plugin/store"
@@ -107,12 +108,28 @@ func segmentMessage(s *apiv1.Segment) *apiv1.TrackerMessage {
 	return &apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Segment{Segment: s}}
 }
 
+// alone is the stack of a node that reaches nobody.
+func alone(t testing.TB) *stack {
+	t.Helper()
+	id, err := cluster.LoadIdentity(cluster.IdentityOptions{ClusterKey: cluster.GenerateKey(), NodeName: "alone"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := cluster.New(cluster.Options{
+		Identity: id, Name: "alone", BindAddr: "127.0.0.1:0", DataAddress: "127.0.0.1:1", Log: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &stack{cluster: c, swarm: lonely(t)}
+}
+
 // newTold is the session of a client that waits for a blob of size bytes.
-func newTold(t testing.TB, s *swarm.Swarm, size int64) (*session, *strict) {
+func newTold(t testing.TB, st *stack, size int64) (*session, *strict) {
 	cfg := config.Default()
 	n := &Node{cfg: cfg, log: slog.New(slog.DiscardHandler), book: newBook(), metrics: metrics.New(metrics.Now{})}
 	content := &strict{size: size, state: store.State{Waiting: 1}}
-	out := newSession(n, &stack{swarm: s}, digest.FromString("x"), size, content)
+	out := newSession(n, st, digest.FromString("x"), size, content)
 	if err := out.open(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -148,10 +165,10 @@ func FuzzTold(f *testing.F) {
 	peers := []*apiv1.Peer{{Name: "a", Address: "127.0.0.1:1"}, {Name: "b", Address: "no address"}, {}}
 	f.Add(saying(0, segmentMessage(&apiv1.Segment{Pieces: pieces, Peers: peers}), segmentMessage(&apiv1.Segment{Segment: 1, Peers: peers}),
 		&apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Wait{}}, &apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Fetch{}},
-		&apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Retract{}}, segmentMessage(&apiv1.Segment{Segment: 1 << 31, Pieces: []byte{1}})))
+		&apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Retract{}}, &apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Slow{}}, segmentMessage(&apiv1.Segment{Segment: 1 << 31, Pieces: []byte{1}})))
 	f.Add(saying(1, &apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Inline{Inline: &apiv1.Inline{Data: make([]byte, 100)}}},
 		&apiv1.TrackerMessage{}, segmentMessage(nil)))
-	sw := lonely(f)
+	st := alone(f)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if len(data) == 0 {
 			return
@@ -160,7 +177,7 @@ func FuzzTold(f *testing.F) {
 		if data[0]&1 > 0 {
 			size = 100
 		}
-		s, content := newTold(t, sw, size)
+		s, content := newTold(t, st, size)
 		defer s.leave()
 		retracted := 0
 		for data = data[1:]; len(data) > 1; {
@@ -199,7 +216,7 @@ func FuzzTold(f *testing.F) {
 
 // TestToldTooMuch: a tracker cannot fill a node's memory.
 func TestToldTooMuch(t *testing.T) {
-	s, _ := newTold(t, lonely(t), 2*mib)
+	s, _ := newTold(t, alone(t), 2*mib)
 	defer s.leave()
 	s.state = store.State{} // nobody wants it: what is told is kept
 	pieces := make([]byte, 20*s.layout.Pieces(0))

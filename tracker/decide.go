@@ -84,6 +84,9 @@ func (m *Machine) supplied(now time.Time) bool {
 			until = later(until, s.asked.Add(m.stall))
 		}
 	}
+	if !until.IsZero() && m.scarce() {
+		until = earlier(until, m.vacant.Add(m.stall))
+	}
 	if !now.Before(until) {
 		return false
 	}
@@ -155,11 +158,12 @@ func (m *Machine) starvedUntil() time.Time {
 }
 
 // reach is the end of the bytes from 0 on that are among the members and that
-// x can take.
+// x can take, not over slow lines alone if that takes long.
 func (m *Machine) reach(x *member) int64 {
 	var end int64
+	scarce := m.scarce()
 	for i := range m.segs {
-		if m.segs[i].holders() == 0 || m.barred(i, x) {
+		if m.segs[i].holders() == 0 || m.barred(i, x) || scarce && m.thin(i) {
 			break
 		}
 		end = m.segmentEnd(i)
@@ -254,39 +258,6 @@ func (m *Machine) idles(f *member) {
 		f.idle = true
 		m.name(f.name, "it was told to fetch and did not")
 	}
-}
-
-// outpaced is when a fetcher is to get one beside it because its line is slow;
-// the zero time for never.
-func (m *Machine) outpaced(now time.Time, f *member) time.Time {
-	rest := time.Duration(float64(m.size-f.present) / float64(max(f.line, 1)) * float64(time.Second))
-	if !f.fetching || !m.slow(f) || rest < slowRest {
-		f.slow = time.Time{}
-		return time.Time{}
-	}
-	if f.slow.IsZero() {
-		f.slow = now
-	}
-	return f.slow.Add(m.stall)
-}
-
-// slow says whether a member's line is known to be slow: a registry has sent
-// another many times as much per second as ever came in there, or went out, from
-// wherever. So it is not the registry that is slow, nor is the line full: all that
-// comes over it counts. Where a registry is slow for everyone, so are all lines as
-// far as is known, and a node that is not slow has sent on what it got.
-func (m *Machine) slow(x *member) bool { return x.line > 0 && x.line <= m.fastest/slowFactor }
-
-// compareLines orders members by whether their lines are slow: those come last.
-func (m *Machine) compareLines(a, b *member) int {
-	sa, sb := m.slow(a), m.slow(b)
-	switch {
-	case sa == sb:
-		return 0
-	case sa:
-		return 1
-	}
-	return -1
 }
 
 // patience is how long a fetcher may stand still before another is sent beside

@@ -54,12 +54,6 @@ const (
 	// receivingStalls is after how many a fetcher is given up that is known to get
 	// bytes of this blob, where members wait for ever.
 	receivingStalls = 12
-	// slowFactor is how many times as fast as its line another member has had
-	// bytes from a registry, for a member's line to be called slow.
-	slowFactor = 8
-	// slowRest is how long a fetcher on a slow line must have to go yet for
-	// another to be sent beside it.
-	slowRest = 5 * time.Second
 	// askAgain is how often a member's Ask is listened to.
 	askAgain = 250 * time.Millisecond
 	// sweepEvery is how often all leechers are looked at.
@@ -165,6 +159,7 @@ type Machine struct {
 	pool     []*member            // members that swarm with each other
 	zones    map[string][]*member // pool by zone
 	starving int                  // leechers that lack bytes
+	latest   latest               // of those in list; to be reset when one comes or goes, or says otherwise
 	fastest  int64                // bytes/s: the most that a member has said it had from a registry
 
 	takesOver bool            // nobody has joined yet, and members may be at another tracker
@@ -264,6 +259,7 @@ func (m *Machine) Join(now time.Time, hello *api.Hello) ([]Command, error) {
 	m.members[name] = x
 	at, _ := m.find(name)
 	m.list = slices.Insert(m.list, at, x)
+	m.latest = latest{}
 	if m.banned(name) {
 		m.castOut(x, "it was shut out before")
 	}
@@ -400,6 +396,7 @@ func (m *Machine) drop(now time.Time, x *member) {
 	delete(m.members, x.name)
 	if at, ok := m.find(x.name); ok {
 		m.list = slices.Delete(m.list, at, at+1)
+		m.latest = latest{}
 	}
 	if s := m.seeders[x.name]; s != nil {
 		// One that has served can be asked again, one that never did not.

@@ -196,6 +196,10 @@ func (s *script) status(st *api.Status, words []string, h *api.Hello) {
 			st.Line = int64(n * mib)
 		case "registry":
 			st.Registry = int64(n * mib)
+		case "inflow":
+			st.Inflow = int64(n * mib)
+		case "lately":
+			st.Lately = int64(n * mib)
 		case "retracted":
 			st.Retracted = uint32(n)
 		case "rank":
@@ -232,6 +236,8 @@ func show(out []Command) []string {
 			what = "fetch"
 		case *api.TrackerMessage_Inline:
 			what = "inline"
+		case *api.TrackerMessage_Slow:
+			what = "slow"
 		case *api.TrackerMessage_Retract:
 			what = "retract"
 		case *api.TrackerMessage_Segment:

@@ -35,7 +35,8 @@ type member struct {
 	busyAt          time.Time // when it was last heard to be busy
 	load, rank      uint32
 	retracted       uint32 // Retract messages it has taken
-	line, registry  int64  // bytes/s
+	line, registry  int64  // bytes/s, in the best second of half an hour
+	inflow, lately  int64  // bytes/s, now, of all and of registries
 
 	class   class
 	banned  bool // for everyone
@@ -69,6 +70,8 @@ type member struct {
 	vain    bool          // its zone waited for it, while it said that it gets bytes, for as long as it may; until it has a segment more
 	tells   int           // times it was told in vain
 	sent    bool          // it was told to fetch, and has not thrown away what it brought
+	toldOf  bool          // that it is slow, or lags
+	lags    bool          // as first hop it was overtaken by others, until it has a segment in time
 	slow    time.Time     // since when it is known to be a slow fetcher; zero if it is not
 	from    int64         // bytes from 0 on that it had when it became fetcher
 	moved   time.Time     // when it last had more bytes, or became fetcher
@@ -132,7 +135,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		}
 	}
 	changed := x.class == gone || x.canFetch != s.GetCanFetch() || x.fetching != s.GetFetching() ||
-		x.line != s.GetLine() || x.registry != s.GetRegistry() ||
+		x.line != s.GetLine() || x.registry != s.GetRegistry() || x.inflow != s.GetInflow() || x.lately != s.GetLately() ||
 		x.whole != s.GetWhole() || x.load != s.GetLoad() || x.busy != s.GetBusy() || x.receiving != s.GetReceiving() || (x.present < m.size) != (present < m.size) ||
 		(!m.vacant.IsZero() && prefix > x.prefix && prefix >= m.reach(x))
 	if s.GetWhole() && !x.whole {
@@ -163,7 +166,10 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	x.prefix, x.present = prefix, present
 	x.canFetch, x.fetching, x.whole = s.GetCanFetch(), s.GetFetching(), s.GetWhole()
 	x.load, x.rank, x.busy, x.receiving = s.GetLoad(), s.GetRank(), s.GetBusy(), s.GetReceiving()
-	x.line, x.registry = s.GetLine(), s.GetRegistry()
+	if x.lately != s.GetLately() {
+		m.latest = latest{}
+	}
+	x.line, x.registry, x.inflow, x.lately = s.GetLine(), s.GetRegistry(), s.GetInflow(), s.GetLately()
 	m.fastest = max(m.fastest, x.registry)
 	if x.busy {
 		x.busyAt = now

@@ -104,6 +104,9 @@ func (m *Machine) hold(now time.Time, i int, x *member) bool {
 	x.has[i], x.knows[i], x.given[i] = true, true, nil
 	x.held++
 	x.heard, x.vain, m.progressed = now, false, now
+	if now.Sub(s.since) <= m.lagAfter() {
+		x.lags = false
+	}
 	if !first {
 		if m.isHop(i, x) {
 			m.keepPace(now.Sub(s.hopAt))
@@ -489,8 +492,11 @@ func (m *Machine) workingHop(i int) *member {
 	return nil
 }
 
-// sweep gives more peers to leechers that stand still.
+// sweep gives more peers to leechers that stand still, and other first hops to segments
+// whose first hops do.
 func (m *Machine) sweep(now time.Time) {
+	m.overtake(now)
+	m.tellSlow()
 	patience := max(nudgeAfter, m.pace)
 	for _, x := range m.list {
 		if x.starves(m.size) && !now.Before(later(x.moved, x.nudged).Add(patience)) {

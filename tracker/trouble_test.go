@@ -24,6 +24,7 @@ var troubleTests = []machineTest{
 			3s    status a prefix=0.1
 			3.5s  join c can                     > c wait
 			4.5s  status a prefix=0.15 line=0.125
+			4.75s tick                           > a slow
 			6.4s  status a prefix=0.2
 			6.5s  tick                           > b fetch
 			6.6s  status b fetching -can
@@ -57,8 +58,73 @@ var troubleTests = []machineTest{
 			0s    status a fetching -can
 			1s    join b can line=64 registry=8    > b wait
 			3s    status a prefix=3.5 busy line=0.125
+			3.5s  tick                             > a slow
 			6s    status a prefix=3.8 busy
 			7s    status a prefix=4 whole -fetching`},
+	{name: "a fetcher whose line has become slow gets one beside it, and one only", lines: `
+			0s    join a can line=8                > a fetch
+			0s    status a fetching -can
+			100ms join c can                       > c wait
+			200ms join b can lately=8              > b wait
+			200ms join d lately=8                  > d wait
+			1s    status a busy
+			2s    status a busy
+			3s    status a busy
+			3.5s  status a inflow=0.125
+			3.6s  tick                             > a slow
+			4s    status a busy
+			5s    status a busy
+			5.5s  tick                             > b fetch
+			5.6s  status b fetching -can
+			6s    status a busy
+			7s    status b prefix=0.1
+			7.5s  status a busy
+			9s    status a busy
+			9s    status b prefix=0.2 inflow=0.125
+			9.3s  tick                             > b slow
+			10.5s status a busy
+			11s   status b prefix=0.3
+			12s   status a busy
+			13s   status b prefix=0.4`},
+	{name: "a fetcher of whose line nothing is known is measured against what registries have ever sent", lines: `
+			0s    join a can                       > a fetch
+			0s    status a fetching -can
+			100ms join b can registry=8            > b wait
+			1s    status a busy
+			2s    status a busy
+			3s    status a busy
+			3.5s  status a inflow=0.125
+			3.6s  tick                             > a slow
+			4.5s  status a busy
+			5.5s  tick                             > b fetch`},
+	{name: "a registry that was faster once is no measure for a line that was, too", lines: `
+			0s    join a can line=8                > a fetch
+			0s    status a fetching -can
+			100ms join b can registry=8 lately=0.5 > b wait
+			1s    status a busy
+			2s    status a busy
+			3s    status a busy
+			3.5s  status a inflow=0.125
+			5s    status a busy
+			6.5s  status a busy
+			8s    status a busy`},
+	{name: "a first hop that others overtake is replaced, and is one only if there is no other", lines: `
+			0s    join a can                       > a fetch
+			0s    join b can                       > b wait
+			0s    join c can                       > c wait
+			0s    status a fetching -can
+			0s    join d can                       > d wait
+			10ms  announce a 0                     > b seg0*(c+d), c seg0*(b+d), d seg0*(a)
+			20ms  announce a 1                     > b seg1*(a), c seg1*(b+d), d seg1*(b+c)
+			30ms  announce b 1
+			40ms  status b present=1
+			50ms  announce a 2                     > b seg2*(c+d), c seg2*(a), d seg2*(b+c)
+			60ms  announce c 2
+			70ms  status c present=1
+			80ms  announce a 3                     > b seg3*(a), c seg3*(b+d), d seg3*(b+c)
+			90ms  announce b 3
+			1.25s tick                             > c seg0(a), d seg0(c), d slow
+			1.3s  leave c                          > b seg0(a), b seg2(a), d seg0(b)`},
 	{name: "what the registry sent wrong is thrown away by all, and fetched once more", lines: `
 			0s    join a can            > a fetch
 			0s    join b can            > b wait

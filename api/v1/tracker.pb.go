@@ -419,6 +419,8 @@ type Status struct {
 	Line          int64                  `protobuf:"varint,10,opt,name=line,proto3" json:"line,omitempty"`                        // bytes/s that came in here or went out in the best second lately, all blobs together; 0: not known, no transfer was long enough to tell
 	Registry      int64                  `protobuf:"varint,11,opt,name=registry,proto3" json:"registry,omitempty"`                // bytes/s that came in here from registries in the best second lately; 0: not known
 	Receiving     bool                   `protobuf:"varint,12,opt,name=receiving,proto3" json:"receiving,omitempty"`              // fetching, and bytes come in of it as far as can be told, though none are handed on: a slow line
+	Inflow        int64                  `protobuf:"varint,13,opt,name=inflow,proto3" json:"inflow,omitempty"`                    // bytes/s that have come in here in the last seconds, all blobs together, while some are fetched whose bytes come slowly; 0: not known, or not so
+	Lately        int64                  `protobuf:"varint,14,opt,name=lately,proto3" json:"lately,omitempty"`                    // as registry, in the best of the last ten seconds
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -535,6 +537,20 @@ func (x *Status) GetReceiving() bool {
 		return x.Receiving
 	}
 	return false
+}
+
+func (x *Status) GetInflow() int64 {
+	if x != nil {
+		return x.Inflow
+	}
+	return 0
+}
+
+func (x *Status) GetLately() int64 {
+	if x != nil {
+		return x.Lately
+	}
+	return 0
 }
 
 // Inline carries a whole small blob (at most 64 KiB).
@@ -784,6 +800,7 @@ type TrackerMessage struct {
 	//	*TrackerMessage_Segment
 	//	*TrackerMessage_Inline
 	//	*TrackerMessage_Retract
+	//	*TrackerMessage_Slow
 	Message       isTrackerMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -871,6 +888,15 @@ func (x *TrackerMessage) GetRetract() *Retract {
 	return nil
 }
 
+func (x *TrackerMessage) GetSlow() *Slow {
+	if x != nil {
+		if x, ok := x.Message.(*TrackerMessage_Slow); ok {
+			return x.Slow
+		}
+	}
+	return nil
+}
+
 type isTrackerMessage_Message interface {
 	isTrackerMessage_Message()
 }
@@ -895,6 +921,10 @@ type TrackerMessage_Retract struct {
 	Retract *Retract `protobuf:"bytes,5,opt,name=retract,proto3,oneof"`
 }
 
+type TrackerMessage_Slow struct {
+	Slow *Slow `protobuf:"bytes,6,opt,name=slow,proto3,oneof"`
+}
+
 func (*TrackerMessage_Wait) isTrackerMessage_Message() {}
 
 func (*TrackerMessage_Fetch) isTrackerMessage_Message() {}
@@ -904,6 +934,8 @@ func (*TrackerMessage_Segment) isTrackerMessage_Message() {}
 func (*TrackerMessage_Inline) isTrackerMessage_Message() {}
 
 func (*TrackerMessage_Retract) isTrackerMessage_Message() {}
+
+func (*TrackerMessage_Slow) isTrackerMessage_Message() {}
 
 // Wait means: bytes are or will be on their way, stay here.
 type Wait struct {
@@ -1018,6 +1050,45 @@ func (*Retract) Descriptor() ([]byte, []int) {
 	return file_api_v1_tracker_proto_rawDescGZIP(), []int{13}
 }
 
+// Slow means: all that comes in at this member is little against what others get, so
+// that whatever it tracks is to be tracked elsewhere for a while. Members of older
+// versions ignore it.
+type Slow struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Slow) Reset() {
+	*x = Slow{}
+	mi := &file_api_v1_tracker_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Slow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Slow) ProtoMessage() {}
+
+func (x *Slow) ProtoReflect() protoreflect.Message {
+	mi := &file_api_v1_tracker_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Slow.ProtoReflect.Descriptor instead.
+func (*Slow) Descriptor() ([]byte, []int) {
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{14}
+}
+
 // Segment names peers for one segment. With pieces set it is also the
 // announcement of the segment; peers add to those already named.
 type Segment struct {
@@ -1031,7 +1102,7 @@ type Segment struct {
 
 func (x *Segment) Reset() {
 	*x = Segment{}
-	mi := &file_api_v1_tracker_proto_msgTypes[14]
+	mi := &file_api_v1_tracker_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1043,7 +1114,7 @@ func (x *Segment) String() string {
 func (*Segment) ProtoMessage() {}
 
 func (x *Segment) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[14]
+	mi := &file_api_v1_tracker_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1056,7 +1127,7 @@ func (x *Segment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Segment.ProtoReflect.Descriptor instead.
 func (*Segment) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{14}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Segment) GetSegment() uint32 {
@@ -1092,7 +1163,7 @@ type RegisterMessage struct {
 
 func (x *RegisterMessage) Reset() {
 	*x = RegisterMessage{}
-	mi := &file_api_v1_tracker_proto_msgTypes[15]
+	mi := &file_api_v1_tracker_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1104,7 +1175,7 @@ func (x *RegisterMessage) String() string {
 func (*RegisterMessage) ProtoMessage() {}
 
 func (x *RegisterMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[15]
+	mi := &file_api_v1_tracker_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1117,7 +1188,7 @@ func (x *RegisterMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterMessage.ProtoReflect.Descriptor instead.
 func (*RegisterMessage) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{15}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RegisterMessage) GetSelf() *Peer {
@@ -1158,7 +1229,7 @@ type Held struct {
 
 func (x *Held) Reset() {
 	*x = Held{}
-	mi := &file_api_v1_tracker_proto_msgTypes[16]
+	mi := &file_api_v1_tracker_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1170,7 +1241,7 @@ func (x *Held) String() string {
 func (*Held) ProtoMessage() {}
 
 func (x *Held) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[16]
+	mi := &file_api_v1_tracker_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1183,7 +1254,7 @@ func (x *Held) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Held.ProtoReflect.Descriptor instead.
 func (*Held) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{16}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Held) GetDigest() string {
@@ -1212,7 +1283,7 @@ type RegisterCommand struct {
 
 func (x *RegisterCommand) Reset() {
 	*x = RegisterCommand{}
-	mi := &file_api_v1_tracker_proto_msgTypes[17]
+	mi := &file_api_v1_tracker_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1224,7 +1295,7 @@ func (x *RegisterCommand) String() string {
 func (*RegisterCommand) ProtoMessage() {}
 
 func (x *RegisterCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[17]
+	mi := &file_api_v1_tracker_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1237,7 +1308,7 @@ func (x *RegisterCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterCommand.ProtoReflect.Descriptor instead.
 func (*RegisterCommand) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{17}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RegisterCommand) GetServe() string {
@@ -1283,7 +1354,7 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\aresumed\x18\a \x01(\bR\aresumed\"<\n" +
 	"\bAnnounce\x12\x18\n" +
 	"\asegment\x18\x01 \x01(\rR\asegment\x12\x16\n" +
-	"\x06pieces\x18\x02 \x01(\fR\x06pieces\"\xb1\x02\n" +
+	"\x06pieces\x18\x02 \x01(\fR\x06pieces\"\xe1\x02\n" +
 	"\x06Status\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\x03R\x06prefix\x12\x18\n" +
 	"\apresent\x18\x02 \x01(\x03R\apresent\x12\x1b\n" +
@@ -1297,7 +1368,9 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\x04line\x18\n" +
 	" \x01(\x03R\x04line\x12\x1a\n" +
 	"\bregistry\x18\v \x01(\x03R\bregistry\x12\x1c\n" +
-	"\treceiving\x18\f \x01(\bR\treceiving\"\x1c\n" +
+	"\treceiving\x18\f \x01(\bR\treceiving\x12\x16\n" +
+	"\x06inflow\x18\r \x01(\x03R\x06inflow\x12\x16\n" +
+	"\x06lately\x18\x0e \x01(\x03R\x06lately\"\x1c\n" +
 	"\x06Inline\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x1d\n" +
 	"\x03Ask\x12\x16\n" +
@@ -1308,17 +1381,19 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\asegment\x18\x01 \x01(\rR\asegment\x12\x16\n" +
 	"\x06pieces\x18\x02 \x01(\fR\x06pieces\x12\x14\n" +
 	"\x05peers\x18\x03 \x03(\tR\x05peers\"\a\n" +
-	"\x05Moved\"\x88\x02\n" +
+	"\x05Moved\"\xb2\x02\n" +
 	"\x0eTrackerMessage\x12(\n" +
 	"\x04wait\x18\x01 \x01(\v2\x12.imagewolf.v1.WaitH\x00R\x04wait\x12+\n" +
 	"\x05fetch\x18\x02 \x01(\v2\x13.imagewolf.v1.FetchH\x00R\x05fetch\x121\n" +
 	"\asegment\x18\x03 \x01(\v2\x15.imagewolf.v1.SegmentH\x00R\asegment\x12.\n" +
 	"\x06inline\x18\x04 \x01(\v2\x14.imagewolf.v1.InlineH\x00R\x06inline\x121\n" +
-	"\aretract\x18\x05 \x01(\v2\x15.imagewolf.v1.RetractH\x00R\aretractB\t\n" +
+	"\aretract\x18\x05 \x01(\v2\x15.imagewolf.v1.RetractH\x00R\aretract\x12(\n" +
+	"\x04slow\x18\x06 \x01(\v2\x12.imagewolf.v1.SlowH\x00R\x04slowB\t\n" +
 	"\amessage\"\x06\n" +
 	"\x04Wait\"\a\n" +
 	"\x05Fetch\"\t\n" +
-	"\aRetract\"e\n" +
+	"\aRetract\"\x06\n" +
+	"\x04Slow\"e\n" +
 	"\aSegment\x12\x18\n" +
 	"\asegment\x18\x01 \x01(\rR\asegment\x12\x16\n" +
 	"\x06pieces\x18\x02 \x01(\fR\x06pieces\x12(\n" +
@@ -1350,7 +1425,7 @@ func file_api_v1_tracker_proto_rawDescGZIP() []byte {
 	return file_api_v1_tracker_proto_rawDescData
 }
 
-var file_api_v1_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_api_v1_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_api_v1_tracker_proto_goTypes = []any{
 	(*Peer)(nil),            // 0: imagewolf.v1.Peer
 	(*MemberMessage)(nil),   // 1: imagewolf.v1.MemberMessage
@@ -1366,10 +1441,11 @@ var file_api_v1_tracker_proto_goTypes = []any{
 	(*Wait)(nil),            // 11: imagewolf.v1.Wait
 	(*Fetch)(nil),           // 12: imagewolf.v1.Fetch
 	(*Retract)(nil),         // 13: imagewolf.v1.Retract
-	(*Segment)(nil),         // 14: imagewolf.v1.Segment
-	(*RegisterMessage)(nil), // 15: imagewolf.v1.RegisterMessage
-	(*Held)(nil),            // 16: imagewolf.v1.Held
-	(*RegisterCommand)(nil), // 17: imagewolf.v1.RegisterCommand
+	(*Slow)(nil),            // 14: imagewolf.v1.Slow
+	(*Segment)(nil),         // 15: imagewolf.v1.Segment
+	(*RegisterMessage)(nil), // 16: imagewolf.v1.RegisterMessage
+	(*Held)(nil),            // 17: imagewolf.v1.Held
+	(*RegisterCommand)(nil), // 18: imagewolf.v1.RegisterCommand
 }
 var file_api_v1_tracker_proto_depIdxs = []int32{
 	2,  // 0: imagewolf.v1.MemberMessage.hello:type_name -> imagewolf.v1.Hello
@@ -1385,21 +1461,22 @@ var file_api_v1_tracker_proto_depIdxs = []int32{
 	3,  // 10: imagewolf.v1.Hello.announced:type_name -> imagewolf.v1.Announce
 	11, // 11: imagewolf.v1.TrackerMessage.wait:type_name -> imagewolf.v1.Wait
 	12, // 12: imagewolf.v1.TrackerMessage.fetch:type_name -> imagewolf.v1.Fetch
-	14, // 13: imagewolf.v1.TrackerMessage.segment:type_name -> imagewolf.v1.Segment
+	15, // 13: imagewolf.v1.TrackerMessage.segment:type_name -> imagewolf.v1.Segment
 	5,  // 14: imagewolf.v1.TrackerMessage.inline:type_name -> imagewolf.v1.Inline
 	13, // 15: imagewolf.v1.TrackerMessage.retract:type_name -> imagewolf.v1.Retract
-	0,  // 16: imagewolf.v1.Segment.peers:type_name -> imagewolf.v1.Peer
-	0,  // 17: imagewolf.v1.RegisterMessage.self:type_name -> imagewolf.v1.Peer
-	16, // 18: imagewolf.v1.RegisterMessage.added:type_name -> imagewolf.v1.Held
-	1,  // 19: imagewolf.v1.Tracker.Join:input_type -> imagewolf.v1.MemberMessage
-	15, // 20: imagewolf.v1.Tracker.Register:input_type -> imagewolf.v1.RegisterMessage
-	10, // 21: imagewolf.v1.Tracker.Join:output_type -> imagewolf.v1.TrackerMessage
-	17, // 22: imagewolf.v1.Tracker.Register:output_type -> imagewolf.v1.RegisterCommand
-	21, // [21:23] is the sub-list for method output_type
-	19, // [19:21] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	14, // 16: imagewolf.v1.TrackerMessage.slow:type_name -> imagewolf.v1.Slow
+	0,  // 17: imagewolf.v1.Segment.peers:type_name -> imagewolf.v1.Peer
+	0,  // 18: imagewolf.v1.RegisterMessage.self:type_name -> imagewolf.v1.Peer
+	17, // 19: imagewolf.v1.RegisterMessage.added:type_name -> imagewolf.v1.Held
+	1,  // 20: imagewolf.v1.Tracker.Join:input_type -> imagewolf.v1.MemberMessage
+	16, // 21: imagewolf.v1.Tracker.Register:input_type -> imagewolf.v1.RegisterMessage
+	10, // 22: imagewolf.v1.Tracker.Join:output_type -> imagewolf.v1.TrackerMessage
+	18, // 23: imagewolf.v1.Tracker.Register:output_type -> imagewolf.v1.RegisterCommand
+	22, // [22:24] is the sub-list for method output_type
+	20, // [20:22] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_api_v1_tracker_proto_init() }
@@ -1423,6 +1500,7 @@ func file_api_v1_tracker_proto_init() {
 		(*TrackerMessage_Segment)(nil),
 		(*TrackerMessage_Inline)(nil),
 		(*TrackerMessage_Retract)(nil),
+		(*TrackerMessage_Slow)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1430,7 +1508,7 @@ func file_api_v1_tracker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_v1_tracker_proto_rawDesc), len(file_api_v1_tracker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
