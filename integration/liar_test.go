@@ -353,8 +353,20 @@ var lies = []struct {
 	{
 		name: "a fetcher that never moves", within: 10, copies: 1.05, log: "member did not do as it said",
 		tell: func(l *liar, n *harness.Node, d digest.Digest, right []byte) {
+			// A tracker that has just become one waits for others before it sends the first.
+			told := make(chan struct{})
+			once := sync.OnceFunc(func() { close(told) })
 			hello := &api.Hello{Digest: d.String(), Size: int64(len(right)), Status: &api.Status{CanFetch: true}}
-			l.join(n, hello, nil)
+			l.join(n, hello, func(m *api.TrackerMessage) {
+				if m.GetFetch() != nil {
+					once()
+				}
+			})
+			select {
+			case <-told:
+			case <-time.After(20 * time.Second):
+				l.Error("it is not told to fetch")
+			}
 		},
 	},
 	{
