@@ -32,6 +32,7 @@ type account struct {
 	since     time.Time // when it last sent something, or was asked when it owed nothing
 	good, bad int       // pieces it had a part in
 	until     time.Time // left out before that
+	silent    bool      // left out since it sent nothing, and has sent nothing after that
 	banned    bool
 }
 
@@ -99,7 +100,7 @@ func (s *segment) received(peer string, piece, n int) {
 	if !a.since.IsZero() && a.good > 0 {
 		b.took(now.Sub(a.since), now)
 	}
-	a.bytes, a.since = a.bytes+int64(n), now
+	a.bytes, a.since, a.silent = a.bytes+int64(n), now, false
 	from := s.senders[piece]
 	if from == nil {
 		from = map[string]struct{}{}

@@ -102,6 +102,19 @@ func (b *Blob) Owed(peer string) time.Time {
 	return since
 }
 
+// overdue says whether a peer has owed bytes for as long as the patience, or for a second
+// if it was left out for that before and has not sent a byte since: it would hold up one
+// segment after the other.
+func (b *Blob) overdue(peer string, patience time.Duration, now time.Time) bool {
+	since := b.Owed(peer)
+	b.acct.Lock()
+	defer b.acct.Unlock()
+	if a := b.accounts[peer]; a != nil && a.silent {
+		patience = min(patience, isolation)
+	}
+	return !since.IsZero() && now.Sub(since) >= patience
+}
+
 // dismiss leaves out for a while the peers of an incomplete segment that have been
 // asked and send nothing, if one that is connected has what is missing: sooner if the
 // segment stands still. b.mu must be held.
@@ -116,7 +129,7 @@ func (b *Blob) dismiss(s *segment, now time.Time) {
 		if !ok {
 			continue
 		}
-		if since := b.Owed(f.peer); !since.IsZero() && now.Sub(since) >= patience {
+		if b.overdue(f.peer, patience, now) {
 			silent = append(silent, f.peer)
 			continue
 		}
@@ -130,7 +143,8 @@ func (b *Blob) dismiss(s *segment, now time.Time) {
 	}
 	b.acct.Lock()
 	for _, p := range silent {
-		b.account(p).until = now.Add(isolation)
+		a := b.account(p)
+		a.until, a.silent = now.Add(isolation), true
 		b.kicked[p] = struct{}{}
 	}
 	b.acct.Unlock()

@@ -47,6 +47,11 @@ func TestSilentPeer(t *testing.T) {
 		t.Errorf("it took %v", took)
 	}
 	eventually(t, "nothing owed", func() bool { return to.Owed(good.addr).IsZero() })
+	to.acct.Lock()
+	defer to.acct.Unlock()
+	if !to.accounts[silent.addr].silent || to.accounts[good.addr].silent {
+		t.Error("it is not remembered who was silent")
+	}
 }
 
 // Where all peers take long, none is late so soon; nor where a segment gets bytes from
@@ -103,6 +108,42 @@ func TestOnlyProvenPeersMakeLateness(t *testing.T) {
 		if b.gap.Round(time.Second) != c.want {
 			t.Errorf("%s: %v", c.peer, b.gap)
 		}
+	}
+	if err := b.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// Who was left out for its silence is waited for a second the next time, until it sends
+// something.
+func TestOverdue(t *testing.T) {
+	b := newBlob(&Swarm{opts: Options{Counter: noCounter{}}}, digest.FromString("x"), 2*minSegment, newMemory(2*minSegment))
+	s := &segment{blob: b, senders: map[int]map[string]struct{}{}}
+	now := time.Now()
+	for _, c := range []struct {
+		name    string
+		silent  bool
+		owed    int
+		since   time.Duration
+		overdue bool
+	}{
+		{"late", false, 1, late, true},
+		{"not late yet", false, 1, late - 1, false},
+		{"late again", true, 1, isolation, true},
+		{"again, and not late yet", true, 1, isolation - 1, false},
+		{"owes nothing", true, 0, time.Minute, false},
+	} {
+		*b.account("p") = account{owed: c.owed, since: now.Add(-c.since), silent: c.silent}
+		if got := b.overdue("p", late, now); got != c.overdue {
+			t.Errorf("%s: overdue: %v, want %v", c.name, got, c.overdue)
+		}
+	}
+	if b.overdue("nobody", late, now) {
+		t.Error("one of whom nothing is known is overdue")
+	}
+	s.received("p", 0, 1)
+	if b.account("p").silent {
+		t.Error("silent, and has sent something")
 	}
 	if err := b.Close(); err != nil {
 		t.Error(err)
