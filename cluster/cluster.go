@@ -65,7 +65,7 @@ type Options struct {
 	// DataAddress is where the data port listens: host:port, port not 0.
 	DataAddress string
 
-	// Labels of this node, known to all; at most about 410 bytes in all.
+	// Labels of this node, known to all; at most about 420 bytes in all.
 	Labels map[string]string
 	// Join has the nodes to begin with: addresses, or names with any number
 	// of address records, each with or without a port (default 7946). They
@@ -153,8 +153,7 @@ func New(o Options) (*Cluster, error) {
 		said.Host = ip.String()
 	}
 	c.said = said
-	// There must be room for as much as may ever be said.
-	said.Slow = true
+	// There must be room for as many keys as there may ever be.
 	said.Keys = slices.Repeat([]string{strings.Repeat("A", base64.RawURLEncoding.EncodedLen(fingerprintSize))}, maxKeys)
 	if _, err := said.encode(); err != nil {
 		return nil, err

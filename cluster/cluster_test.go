@@ -564,7 +564,7 @@ func TestSlowNodeIsKnown(t *testing.T) {
 	d := digest.FromString("blob")
 	order := names(first.Trackers(d))
 	slow := nodes[slices.IndexFunc(nodes, func(c *Cluster) bool { return c.Self().Name == order[0] })]
-	slow.Slow(time.Second)
+	slow.Slow(3 * time.Second)
 	for _, c := range nodes {
 		await(t, c, "asks the slow one last", func() bool {
 			return slices.Equal(names(c.Trackers(d)), []string{order[1], order[2], order[0]})

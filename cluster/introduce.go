@@ -129,7 +129,12 @@ func (c *Cluster) describe() ([]byte, error) {
 	c.mu.Lock()
 	m.Slow = time.Now().Before(c.slow)
 	c.mu.Unlock()
-	return m.encode()
+	out, err := m.encode()
+	if err != nil && m.Slow {
+		m.Slow = false // labels may leave room for two keys and no more
+		return m.encode()
+	}
+	return out, err
 }
 
 // follow tells the others when this node's keys have changed, or whether it is slow has,

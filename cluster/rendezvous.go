@@ -17,8 +17,8 @@ const maxTrackers = 32
 // node that knows the same members computes the same order, and a member that
 // comes or goes moves no other two relative to each other. The key's first
 // choice is first; the next one stands in for it. Slow members come after all others,
-// unless they are more than a quarter: who says so of others must not thin out those
-// that track.
+// unless they are more than a third: who says so of others must not thin out those that
+// track.
 func rank(key string, members []Member) []Member {
 	type weighed struct {
 		weight uint64
@@ -50,7 +50,7 @@ func heedSlow(members []Member) bool {
 			slow++
 		}
 	}
-	return slow <= max(1, len(members)/4)
+	return slow <= max(1, len(members)/3)
 }
 
 func compareSlow(a, b Member) int {

@@ -87,7 +87,7 @@ func TestSlowMembersComeLast(t *testing.T) {
 	for _, c := range []struct {
 		members, slow int
 		heeded        bool
-	}{{2, 1, true}, {3, 1, true}, {6, 1, true}, {6, 2, false}, {8, 2, true}, {8, 3, false}, {100, 25, true}, {100, 26, false}} {
+	}{{2, 1, true}, {3, 1, true}, {5, 2, false}, {6, 2, true}, {6, 3, false}, {8, 2, true}, {8, 3, false}, {100, 33, true}, {100, 34, false}} {
 		members := crowd(c.members)
 		var few []string
 		for i := range c.slow {

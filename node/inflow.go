@@ -35,6 +35,9 @@ const (
 	inflowLeast  = 4 << 10
 	// flowSpan is over how much time it is measured how much comes in now.
 	flowSpan = 3 * time.Second
+	// mostApart is how far apart looks may be for that: after each lump that is handed on
+	// there is none for quietFor.
+	mostApart = flowSpan / 2
 	// inflowSpan is how long looks are kept.
 	inflowSpan = time.Minute
 	// maxConnections is with how many connections of other processes the node does
@@ -102,17 +105,20 @@ func (f *inflow) receiving(now, since time.Time, fetches int, wait time.Duration
 
 // rate returns the bytes per second that the TCP connections of other processes have
 // received within the flowSpan up to the last look; 0 where that is not known, since
-// there were no looks or they are not of now.
+// there were no looks or they are not of now, or too far apart.
 func (f *inflow) rate(now time.Time) float64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	last := len(f.samples) - 1
-	if last < 0 || now.Sub(f.samples[last].at) > flowSpan/2 {
+	if last < 0 || now.Sub(f.samples[last].at) > mostApart {
 		return 0
 	}
 	var come uint64
 	k := last
 	for ; k > 0 && f.samples[last].at.Sub(f.samples[k].at) < flowSpan; k-- {
+		if f.samples[k].at.Sub(f.samples[k-1].at) > mostApart {
+			return 0
+		}
 		for socket, n := range f.samples[k].received {
 			come += n - min(f.samples[k-1].received[socket], n)
 		}

@@ -89,6 +89,10 @@ func TestInflowRate(t *testing.T) {
 		if got := f.rate(time.Now()); got != 0 {
 			t.Errorf("%v bytes/s, and nobody has looked for %v", got, flowSpan)
 		}
+		f.receiving(time.Now(), since, 1, time.Minute)
+		if got := f.rate(time.Now()); got != 0 {
+			t.Errorf("%v bytes/s, and nobody had looked for %v before", got, flowSpan)
+		}
 	})
 }
 

@@ -21,6 +21,8 @@ func TestNewInOffice(t *testing.T) {
 	for at, _ := cluster.TrackerOf(d, []cluster.Member{first, second, third}); at.Name == third.Name; at, _ = cluster.TrackerOf(d, []cluster.Member{first, second, third}) {
 		third.Name += "c"
 	}
+	slow := first
+	slow.Slow = true
 	now := time.Now()
 	var o office
 	for _, step := range []struct {
@@ -38,6 +40,8 @@ func TestNewInOffice(t *testing.T) {
 		{officeNew, []cluster.Member{first, second, third}, map[string]bool{first.Name: true, second.Name: true}},
 		{time.Second, []cluster.Member{first, second}, map[string]bool{first.Name: true}},
 		{time.Second + time.Millisecond, nil, map[string]bool{first.Name: false, second.Name: true}},
+		{time.Minute, []cluster.Member{slow, second}, map[string]bool{first.Name: true, second.Name: true}},
+		{officeNew + time.Millisecond, nil, map[string]bool{first.Name: true, second.Name: false}},
 	} {
 		now = now.Add(step.after)
 		if step.trackers != nil {

@@ -166,7 +166,6 @@ func (s *session) status() *apiv1.Status {
 	now := time.Now()
 	fetching := s.state.Writing > 0 && !s.state.Whole
 	load, rank := s.node.book.standing(s.digest)
-	fetches := fetching || load > 0 // of whatever blob
 	if s.state.Whole {
 		load = s.node.book.sends(s.digest, now)
 	}
@@ -174,8 +173,10 @@ func (s *session) status() *apiv1.Status {
 	receiving := fetching && s.node.inflow.receiving(now, s.metered.broughtAt, 1+int(load), busyWaits*s.node.cfg.Tracker.MaxWait.Duration())
 	peers, lately := s.node.meter.now(now)
 	var inflow int64
-	if others := s.node.inflow.rate(now); fetches && others > 0 {
-		inflow = roundUp(others + peers)
+	if receiving {
+		if others := s.node.inflow.rate(now); others > 0 {
+			inflow = roundUp(others + peers)
+		}
 	}
 	return &apiv1.Status{
 		Prefix: s.state.Prefix, Present: s.state.Present,

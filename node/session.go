@@ -46,7 +46,7 @@ const (
 	maxRetracted = 4
 	// slowFor is how long a node whose line a tracker has found slow leaves tracking to
 	// others: who has joined a blob is not to wait for what waits in front of that line.
-	slowFor = 10 * time.Minute
+	slowFor = 5 * time.Minute
 	// maxTold bounds the peers of a segment that nobody here has wanted yet. Trackers are
 	// not trusted to keep to their own bounds, which are those of the rest.
 	maxTold = 64

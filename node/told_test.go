@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
@@ -238,4 +240,65 @@ func TestToldTooMuch(t *testing.T) {
 		s.peers[0][0] != "127.0.0.1:19936" {
 		t.Errorf("%d met, %d told", len(s.met), len(s.peers[0]))
 	}
+}
+
+// A node that is told that its line is slow says so to the others.
+func TestToldThatItIsSlow(t *testing.T) {
+	st := alone(t)
+	s, _ := newTold(t, st, 2*mib)
+	defer s.leave()
+	s.handle(t.Context(), &apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Slow{Slow: &apiv1.Slow{}}})
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ran := make(chan error, 1)
+	go func() { ran <- st.cluster.Run(ctx) }()
+	for {
+		changed := st.cluster.Changed()
+		if st.cluster.Members()[0].Slow {
+			break
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			t.Fatal("the cluster does not know it")
+		}
+	}
+	cancel()
+	if err := <-ran; err != nil {
+		t.Error(err)
+	}
+}
+
+// A node says what comes in now while it fetches and its bytes come slowly, and what
+// registries have sent it just now.
+func TestSaysHowFast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var received uint64
+		cfg := config.Default()
+		n := &Node{
+			cfg: cfg, log: slog.New(slog.DiscardHandler), book: newBook(), metrics: metrics.New(metrics.Now{}),
+			inflow: &inflow{log: slog.New(slog.DiscardHandler), connections: func() (map[uint32]uint64, error) {
+				return map[uint32]uint64{1: received}, nil
+			}},
+		}
+		n.meter.received(8*mib, true, time.Now(), time.Now().Add(time.Second))
+		s := newSession(n, &stack{}, "sha256:00", mib, &strict{size: mib})
+		s.state = store.State{Writing: 1}
+		s.metered.broughtAt = time.Now()
+		var st *apiv1.Status
+		for range 10 {
+			time.Sleep(sampleEvery)
+			received += 50 << 10
+			st = s.status()
+		}
+		if st.GetInflow() != 128<<10 || st.GetLately() != 8*mib || !st.GetReceiving() {
+			t.Errorf("fetching slowly: %v", st)
+		}
+		if s.state.Writing = 0; s.status().GetInflow() != 0 {
+			t.Error("not fetching, and says what comes in")
+		}
+		time.Sleep(meterLately * time.Second)
+		if got := s.status().GetLately(); got != 0 {
+			t.Errorf("%d bytes/s lately, ten seconds after them", got)
+		}
+	})
 }

@@ -158,12 +158,11 @@ func (m *Machine) starvedUntil() time.Time {
 }
 
 // reach is the end of the bytes from 0 on that are among the members and that
-// x can take, not over slow lines alone if that takes long.
+// x can take, not from those alone that crept.
 func (m *Machine) reach(x *member) int64 {
 	var end int64
-	scarce := m.scarce()
 	for i := range m.segs {
-		if m.segs[i].holders() == 0 || m.barred(i, x) || scarce && m.thin(i) {
+		if m.segs[i].holders() == 0 || m.barred(i, x) || m.thin(i) {
 			break
 		}
 		end = m.segmentEnd(i)
@@ -224,7 +223,7 @@ func (m *Machine) hedge(now time.Time) {
 	if best == nil {
 		best = m.candidate(false)
 	}
-	if now.Before(still) && (best == nil || m.slow(best)) {
+	if now.Before(still) && (best == nil || m.slow(best) || best.lags) {
 		m.wakeAt(still)
 		return
 	}

@@ -58,27 +58,30 @@ type member struct {
 	// before it has does not count.
 	retracts uint32
 
-	chosen  int           // times it was first hop or a zone's entry
-	told    time.Time     // when it was told to fetch; zero once it is known to, or not to
-	losses  int           // times it had fewer bytes than before
-	suspect bool          // it has bytes by hashes that another member found wrong
-	took    []string      // authors of hashes that were current, by which it may have bytes; maxTook at most
-	anew    bool          // it threw away all it had when it last reported wrong bytes or hashes
-	mending bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones
-	proven  bool          // another has had a segment from it
-	idle    bool          // it was named for not fetching
-	vain    bool          // its zone waited for it, while it said that it gets bytes, for as long as it may; until it has a segment more
-	tells   int           // times it was told in vain
-	sent    bool          // it was told to fetch, and has not thrown away what it brought
-	toldOf  bool          // that it is slow, or lags
-	lags    bool          // as first hop it was overtaken by others, until it has a segment in time
-	slow    time.Time     // since when it is known to be a slow fetcher; zero if it is not
-	from    int64         // bytes from 0 on that it had when it became fetcher
-	moved   time.Time     // when it last had more bytes, or became fetcher
-	gap     time.Duration // between the last moves of a fetcher; 0 before its first byte
-	heard   time.Time     // when it joined or last brought something for the others
-	nudged  time.Time
-	asked   time.Time
+	chosen   int           // times it was first hop or a zone's entry
+	told     time.Time     // when it was told to fetch; zero once it is known to, or not to
+	losses   int           // times it had fewer bytes than before
+	suspect  bool          // it has bytes by hashes that another member found wrong
+	took     []string      // authors of hashes that were current, by which it may have bytes; maxTook at most
+	anew     bool          // it threw away all it had when it last reported wrong bytes or hashes
+	mending  bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones
+	proven   bool          // another has had a segment from it
+	idle     bool          // it was named for not fetching
+	vain     bool          // its zone waited for it, while it said that it gets bytes, for as long as it may; until it has a segment more
+	tells    int           // times it was told in vain
+	sent     bool          // it was told to fetch, and has not thrown away what it brought
+	toldSlow time.Time     // when it was last told that it is slow
+	crept    bool          // its line was slow while it fetched the blob
+	lags     bool          // as first hop it was overtaken by others, until it has a segment in time
+	lagsAt   time.Time     // since when it lags
+	lagsIn   int           // for which segment it was overtaken
+	slow     time.Time     // since when it is known to be a slow fetcher; zero if it is not
+	from     int64         // bytes from 0 on that it had when it became fetcher
+	moved    time.Time     // when it last had more bytes, or became fetcher
+	gap      time.Duration // between the last moves of a fetcher; 0 before its first byte
+	heard    time.Time     // when it joined or last brought something for the others
+	nudged   time.Time
+	asked    time.Time
 }
 
 // seeder is a node that has registered the whole blob.
@@ -164,12 +167,15 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	completed := s.GetWhole() && !x.whole
 	turned := x.class != gone && x.canFetch != s.GetCanFetch()
 	x.prefix, x.present = prefix, present
+	if x.fetching && (s.GetWhole() || !s.GetFetching()) {
+		m.creep(x)
+	}
 	x.canFetch, x.fetching, x.whole = s.GetCanFetch(), s.GetFetching(), s.GetWhole()
 	x.load, x.rank, x.busy, x.receiving = s.GetLoad(), s.GetRank(), s.GetBusy(), s.GetReceiving()
 	if x.lately != s.GetLately() {
 		m.latest = latest{}
 	}
-	x.line, x.registry, x.inflow, x.lately = s.GetLine(), s.GetRegistry(), s.GetInflow(), s.GetLately()
+	x.line, x.registry, x.inflow, x.lately = s.GetLine(), s.GetRegistry(), max(s.GetInflow(), 0), max(s.GetLately(), 0)
 	m.fastest = max(m.fastest, x.registry)
 	if x.busy {
 		x.busyAt = now

@@ -20,6 +20,10 @@ const (
 	// had meanwhile, for another first hop to be sent for it.
 	lagFactor = 4
 	lagOthers = 3
+	// overtakeMost is for how many segments at a time another first hop is sent.
+	overtakeMost = 16
+	// tellSlowAgain is how often a member that is slow all the while is told so.
+	tellSlowAgain = time.Minute
 )
 
 // slow says whether a member's line is known to be slow: a registry has sent
@@ -31,11 +35,11 @@ func (m *Machine) slow(x *member) bool { return m.slowLine(x) || m.slowNow(x) }
 
 func (m *Machine) slowLine(x *member) bool { return x.line > 0 && x.line <= m.fastest/slowFactor }
 
-// slowNow says whether all that comes in now at a member that fetches something is little
+// slowNow says whether all that comes in now at a member that fetches the blob is little
 // against what another has had from a registry a moment ago, or, if nothing is known of
 // the member's line, has ever had. Lines that were fast become slow as well.
 func (m *Machine) slowNow(x *member) bool {
-	if x.inflow == 0 {
+	if !x.fetching || x.inflow == 0 {
 		return false
 	}
 	fastest := m.latelyBut(x)
@@ -76,33 +80,31 @@ func (m *Machine) latelyBut(x *member) int64 {
 }
 
 // outpaced is when a fetcher is to get one beside it because its line is slow;
-// the zero time for never. Where all that there is to go by is what comes in now, it may
-// be this blob's registry that is slow, and not that of the others: that does not count
-// beside a second one.
+// the zero time for never. Where all that there is to go by is what comes in now, which
+// is of some seconds, it may be this blob's registry that is slow, and not that of the
+// others: that does not count beside a second one.
 func (m *Machine) outpaced(now time.Time, f *member) time.Time {
-	slow := m.slowLine(f) || m.slowNow(f) && len(m.fetchers) == 1
-	if !f.fetching || !slow || m.restOf(f) < slowRest {
+	slowNow := m.slowNow(f) && len(m.fetchers) == 1
+	if !f.fetching || !slowNow && !m.slowLine(f) || !m.restsLong(f) {
 		f.slow = time.Time{}
 		return time.Time{}
 	}
 	if f.slow.IsZero() {
 		f.slow = now
 	}
+	if slowNow {
+		return f.slow
+	}
 	return f.slow.Add(m.stall)
 }
 
-// restOf is how long a fetcher takes for what it lacks, as far as its line tells.
-func (m *Machine) restOf(f *member) time.Duration {
-	return time.Duration(float64(m.size-f.present) / m.rateOf(f) * float64(time.Second))
-}
-
-// rateOf is what a member's line does for the blob, in bytes per second, as far as is
-// known; at least 1.
-func (m *Machine) rateOf(x *member) float64 {
-	if m.slowNow(x) {
-		return float64(x.inflow) / float64(1+x.load)
+// restsLong says whether a fetcher takes long for what it lacks, as far as its line tells.
+func (m *Machine) restsLong(f *member) bool {
+	rate := float64(max(f.line, 1))
+	if m.slowNow(f) {
+		rate = float64(f.inflow) / (1 + float64(f.load))
 	}
-	return float64(max(x.line, 1))
+	return float64(m.size-f.present) >= rate*slowRest.Seconds()
 }
 
 // compareLines orders members by whether their lines are slow, or seem to be: those come
@@ -120,6 +122,7 @@ func (m *Machine) compareLines(a, b *member) int {
 
 // overtake has other first hops take the segments of those that lag behind.
 func (m *Machine) overtake(now time.Time) {
+	left := overtakeMost
 	for i := range m.segs {
 		s := &m.segs[i]
 		if !s.spread || len(s.relays) > 0 || now.Sub(s.hopAt) < m.lagAfter() {
@@ -130,11 +133,13 @@ func (m *Machine) overtake(now time.Time) {
 			if hop == nil || !m.lacks(i, hop) {
 				continue
 			}
-			overtaken := m.had(i, o, hop) >= lagOthers
-			if !overtaken && (len(m.segs) > lagOthers || m.slow(o) || now.Sub(s.hopAt) < m.longFor(i)) {
+			overtaken := m.overtaken(i, o, hop)
+			if !overtaken && (len(m.segs) > lagOthers || m.slowLine(o) || o.crept || now.Sub(s.hopAt) < m.longFor(i)) {
 				continue
 			}
-			hop.lags = hop.lags || overtaken
+			if overtaken && !hop.lags {
+				hop.lags, hop.lagsAt, hop.lagsIn = true, now, i
+			}
 			fits := func(y *member) bool {
 				return y != hop && !y.lags && !m.shuns(y, o) && !slices.Contains(y.given[i], o)
 			}
@@ -144,50 +149,30 @@ func (m *Machine) overtake(now time.Time) {
 				m.offer(i, other, []*member{o})
 			}
 		}
-	}
-}
-
-// thin says whether a segment is with members on slow lines alone.
-func (m *Machine) thin(i int) bool {
-	s := &m.segs[i]
-	return s.holders() > 0 && !slices.ContainsFunc(s.origins, m.isFast) && !slices.ContainsFunc(s.relays, m.isFast)
-}
-
-func (m *Machine) isFast(x *member) bool { return !m.slow(x) }
-
-// scarce says whether what is with members on slow lines alone takes long to come from
-// there.
-func (m *Machine) scarce() bool {
-	var size int64
-	rates := map[*member]float64{}
-	for i := range m.segs {
-		if !m.thin(i) {
-			continue
-		}
-		size += m.segmentEnd(i) - int64(i)*m.layout.SegmentSize
-		for _, x := range slices.Concat(m.segs[i].origins, m.segs[i].relays) {
-			rates[x] = m.rateOf(x)
-		}
-	}
-	var rate float64
-	for _, r := range rates {
-		rate += r
-	}
-	return float64(size) >= rate*slowRest.Seconds() && size > 0
-}
-
-// tellSlow tells members that they are slow, once each.
-func (m *Machine) tellSlow() {
-	for _, x := range m.list {
-		if !x.toldOf && (x.lags || m.slow(x)) {
-			x.toldOf = true
-			m.send(x, &api.TrackerMessage{Message: &api.TrackerMessage_Slow{Slow: &api.Slow{}}})
+		if left--; left == 0 {
+			return
 		}
 	}
 }
 
 // lagAfter is how long a first hop may take for a segment where others take less.
 func (m *Machine) lagAfter() time.Duration { return max(nudgeAfter, lagFactor*m.pace) }
+
+// overtaken says whether an origin has given others than a first hop of segment i several
+// segments since that was sent for it, which they can have had from nobody else first.
+func (m *Machine) overtaken(i int, o, hop *member) bool {
+	n := 0
+	for k := range m.segs {
+		s := &m.segs[k]
+		if h := s.hops[o]; h == nil || h == hop || !h.has[k] || len(s.origins) != 1 || !s.hopAt.After(m.segs[i].hopAt) {
+			continue
+		}
+		if n++; n == lagOthers {
+			return true
+		}
+	}
+	return false
+}
 
 // longFor is how long a first hop may take for a segment of a blob that has too few for it
 // to be overtaken: with a line that is called slow it would take that long.
@@ -199,14 +184,42 @@ func (m *Machine) longFor(i int) time.Duration {
 	return max(m.stall, time.Duration(float64(size)/float64(m.fastest/slowFactor)*float64(time.Second)))
 }
 
-// had counts the segments that an origin has given others than a first hop of segment i
-// since that was sent for it, and that these have.
-func (m *Machine) had(i int, o, hop *member) (n int) {
-	for k := range m.segs {
-		s := &m.segs[k]
-		if h := s.hops[o]; h != nil && h != hop && h.has[k] && s.hopAt.After(m.segs[i].hopAt) {
-			n++
+// tellSlow tells members that they are slow, again and again. A first hop must have been
+// so for longer than a machine now and then stands still.
+func (m *Machine) tellSlow(now time.Time) {
+	for _, x := range m.list {
+		if now.Sub(x.toldSlow) < tellSlowAgain && !x.toldSlow.IsZero() {
+			continue
+		}
+		if m.slow(x) || x.lags && !x.has[x.lagsIn] && now.Sub(x.lagsAt) >= m.stall {
+			x.toldSlow = now
+			m.send(x, &api.TrackerMessage{Message: &api.TrackerMessage_Slow{Slow: &api.Slow{}}})
 		}
 	}
-	return n
+}
+
+// creep notes of a member that is about to be no fetcher any more whether its line was slow
+// to the end, which it may reach before another is sent beside it, if the blob is short.
+func (m *Machine) creep(x *member) { x.crept = m.slow(x) }
+
+// thin says whether a segment of a short blob is with those alone that crept.
+func (m *Machine) thin(i int) bool {
+	s := &m.segs[i]
+	fast := func(x *member) bool { return !x.crept }
+	return len(m.segs) <= lagOthers && s.holders() > 0 && !slices.ContainsFunc(s.origins, fast) && !slices.ContainsFunc(s.relays, fast)
+}
+
+// scarce says whether somebody whose line is not slow waits for what is with those alone
+// that crept.
+func (m *Machine) scarce() bool {
+	if len(m.segs) > lagOthers {
+		return false
+	}
+	best := m.candidate(true)
+	for i := range m.segs {
+		if best != nil && !m.slow(best) && !best.lags && !best.has[i] && m.thin(i) {
+			return true
+		}
+	}
+	return false
 }

@@ -2,6 +2,7 @@ package tracker
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"testing"
@@ -50,17 +51,17 @@ func TestFirstHopOfShortBlob(t *testing.T) {
 	}
 }
 
-// A lone line that is slow costs the others no first hop, and a member is told once that
-// it is slow.
-func TestSlowMemberIsToldOnce(t *testing.T) {
+// A lone line that is slow costs the others no first hop, and a member is told once a
+// minute that it is slow.
+func TestSlowMemberIsTold(t *testing.T) {
 	s := &script{t: t, m: NewMachine(testDigest, 64*mib, MachineOptions{Layout: testLayout, StallTimeout: testStall}), stat: map[string]*api.Status{}}
 	s.event(epoch, []string{"join", "a", "can", "registry=8"})
 	s.event(epoch, []string{"status", "a", "fetching", "-can"})
 	s.event(epoch, []string{"join", "b", "can"})
 	s.event(epoch, []string{"join", "c", "can", "line=0.5"})
 	told := 0
-	for i := range 60 {
-		at := epoch.Add(time.Duration(i) * 100 * time.Millisecond)
+	for i := range 63 {
+		at := epoch.Add(time.Duration(i) * time.Second)
 		got := append(s.tickTo(at), show(s.event(at, []string{"announce", "a", fmt.Sprint(i)}))...)
 		s.event(at, []string{"status", "a", "present=" + fmt.Sprint(i+1)})
 		s.event(at, []string{"announce", "b", fmt.Sprint(i)})
@@ -73,50 +74,78 @@ func TestSlowMemberIsToldOnce(t *testing.T) {
 			}
 		}
 	}
-	if told != 1 {
-		t.Errorf("told %d times that it is slow, want once", told)
+	if told != 2 {
+		t.Errorf("told %d times in a minute that it is slow, want twice", told)
 	}
 }
 
-// A first hop lags where others have what was sent on its way later.
+// A first hop lags where others have what was sent on its way later, until it has a segment
+// in time; and is slow if it does not get on.
 func TestOvertaken(t *testing.T) {
 	for _, c := range []struct {
-		name  string
-		order []int // in which the segments are announced by the fetcher, 0 is not had by its first hop
-		want  bool
+		name    string
+		order   []int // in which the segments are announced by the fetcher, 0 is not had by its first hop
+		other   bool  // another has the later ones as well, from elsewhere
+		want    bool
+		getsOn  int // the segment that the first hop has after that, 0 none
+		quickly bool
+		slow    bool
 	}{
-		{"by later ones", []int{0, 1, 2, 3, 4, 5}, true},
-		{"not by earlier ones", []int{1, 2, 3, 4, 5, 0}, false},
-		{"not by few", []int{1, 2, 3, 0, 4, 5}, false},
+		{"by later ones", []int{0, 1, 2, 3, 4, 5}, false, true, -1, false, true},
+		{"not by earlier ones", []int{1, 2, 3, 4, 5, 0}, false, false, -1, false, false},
+		{"not by few", []int{1, 2, 3, 0, 4, 5}, false, false, -1, false, false},
+		{"not by what others may have from elsewhere", []int{0, 1, 2, 3, 4, 5}, true, false, -1, false, false},
+		{"and gets on", []int{0, 1, 2, 3, 4, 5}, false, true, 0, false, false},
+		{"and gets another segment late", []int{0, 1, 2, 3, 4, 5}, false, true, 5, false, true},
+		{"and gets another segment in time", []int{0, 1, 2, 3, 4, 5}, false, true, 6, true, false},
 	} {
 		s := &script{t: t, m: NewMachine(testDigest, 7*mib, MachineOptions{Layout: testLayout, StallTimeout: testStall}), stat: map[string]*api.Status{}}
+		at := func(ms int) time.Time { return epoch.Add(time.Duration(ms) * time.Millisecond) }
 		s.event(epoch, []string{"join", "a", "can"})
 		s.event(epoch, []string{"status", "a", "fetching", "-can"})
+		if c.other {
+			s.event(epoch, []string{"join", "o", "can"})
+			s.event(epoch, []string{"status", "o", "fetching", "-can"})
+		}
 		s.event(epoch, []string{"join", "b", "can"})
 		s.event(epoch, []string{"join", "c", "can"})
 		for k, i := range c.order {
-			at := epoch.Add(time.Duration(10*k) * time.Millisecond)
-			s.event(at, []string{"announce", "a", fmt.Sprint(i)})
-			s.event(at, []string{"status", "a", fmt.Sprint("present=", k+1)})
+			s.event(at(10*k), []string{"announce", "a", fmt.Sprint(i)})
+			if c.other && i != 0 {
+				s.event(at(10*k), []string{"announce", "o", fmt.Sprint(i)})
+			}
 			for _, x := range []string{"b", "c"} {
 				if i != 0 && s.m.segs[i].hops[s.m.members["a"]] == s.m.members[x] {
-					s.event(at.Add(time.Millisecond), []string{"announce", x, fmt.Sprint(i)})
+					s.event(at(10*k+1), []string{"announce", x, fmt.Sprint(i)})
 				}
 			}
 		}
 		origin := s.m.members["a"]
 		hop := s.m.segs[0].hops[origin]
-		s.tickTo(epoch.Add(1300 * time.Millisecond))
-		if now := s.m.segs[0].hops[origin]; (now != hop) != c.want {
-			t.Errorf("%s: replaced: %v, want %v", c.name, now != hop, c.want)
+		told := false
+		for ms := 100; ms < 3600; ms += 100 {
+			told = told || slices.Contains(s.tickTo(at(ms)), hop.name+" slow")
+			s.event(at(ms), []string{"status", "a", fmt.Sprintf("present=%.3f", 6+float64(ms)/10000)})
+			if ms == 1300 {
+				if now := s.m.segs[0].hops[origin]; (now != hop) != c.want || hop.lags != c.want {
+					t.Errorf("%s: replaced: %v, lags: %v; want %v", c.name, now != hop, hop.lags, c.want)
+				}
+				if told {
+					t.Errorf("%s: it is told at once that it is slow", c.name)
+				}
+			}
+			if ms == 1400 && c.getsOn >= 0 {
+				if c.quickly {
+					s.event(at(ms), []string{"announce", "a", fmt.Sprint(c.getsOn)})
+				}
+				s.event(at(ms), []string{"announce", hop.name, fmt.Sprint(c.getsOn)})
+			}
 		}
-		if !c.want || !hop.lags {
-			continue
+		if told != c.slow {
+			t.Errorf("%s: it is told that it is slow: %v, want %v", c.name, told, c.slow)
 		}
-		s.event(epoch.Add(1300*time.Millisecond), []string{"announce", "a", "6"})
-		s.event(epoch.Add(1310*time.Millisecond), []string{"announce", hop.name, "6"})
-		if hop.lags {
-			t.Errorf("%s: it still lags, though it has got a segment in the meantime", c.name)
+		if c.want && hop.lags == c.quickly {
+			t.Errorf("%s: in the end, it lags: %v", c.name, hop.lags)
 		}
 	}
 }
@@ -124,51 +153,88 @@ func TestOvertaken(t *testing.T) {
 // What a fetcher's line brings is shared by all that it fetches.
 func TestRestOfAFetcher(t *testing.T) {
 	m := NewMachine(testDigest, 4*mib, MachineOptions{Layout: testLayout})
-	f := &member{fetching: true, inflow: mib / 4, load: 3, present: mib}
+	f := &member{fetching: true, present: mib}
 	m.list = []*member{f, {lately: 8 * mib}}
-	if got := m.restOf(f); got != 48*time.Second {
-		t.Errorf("%v for 3 MiB at a quarter of 256 KiB/s, want 48 s", got)
-	}
-	f.inflow, f.line = 0, mib
-	if got := m.restOf(f); got != 3*time.Second {
-		t.Errorf("%v for 3 MiB at 1 MiB/s, want 3 s", got)
+	for _, c := range []struct {
+		line, inflow int64
+		load         uint32
+		want         bool
+	}{
+		{64 * mib, mib, 0, false},    // 3 s
+		{64 * mib, mib, 1, true},     // 6 s
+		{64 * mib, mib / 2, 0, true}, // 6 s
+		{mib, 0, 5, false},           // 3 s
+		{mib / 2, 0, 0, true},        // 6 s
+		{64 * mib, 1, math.MaxUint32, true},
+		{0, 0, 0, true}, // nothing is known
+	} {
+		f.line, f.inflow, f.load = c.line, c.inflow, c.load
+		if got := m.restsLong(f); got != c.want {
+			t.Errorf("3 MiB at %d bytes/s, of late %d, shared by %d more: long: %v, want %v", c.line, c.inflow, c.load, got, c.want)
+		}
 	}
 }
 
-// What only slow members have is brought from the registry once more, if it takes long to
-// come from them; behind what others have.
-func TestScarce(t *testing.T) {
-	for _, c := range []struct {
-		name  string
-		line  string // MiB/s of the one that has all
-		has   string // segments that another has, whose line is fast
-		want  time.Duration
-		bytes string // that come to the one that waits
-	}{
-		{"a slow holder", "0.125", "", testStall, "0.1"},
-		{"who has gone on already", "0.125", "", testStall, "1.1"},
-		{"of little", "0.5", "1+2+3", 0, "0.1"},
-		{"slow, and others have more", "0.125", "0", testStall, "1"},
-		{"a fast holder", "64", "", 0, "0.1"},
-		{"not so slow that it takes long", "1", "", 0, "0.1"},
-	} {
-		s := &script{t: t, m: NewMachine(testDigest, testSize, MachineOptions{Layout: testLayout, StallTimeout: testStall}), stat: map[string]*api.Status{}}
-		s.event(epoch, []string{"join", "s", "whole", "line=" + c.line, "has=0+1+2+3"})
-		s.event(epoch, []string{"join", "q", "registry=8", "line=64"})
-		if c.has != "" {
-			s.event(epoch, []string{"leave", "q"})
-			s.event(epoch, []string{"join", "q", "registry=8", "line=64", "has=" + c.has})
+// What has lately come from registries is that of others, and of those that are there.
+func TestLatelyOfOthers(t *testing.T) {
+	s := &script{t: t, m: NewMachine(testDigest, testSize, MachineOptions{Layout: testLayout, StallTimeout: testStall}), stat: map[string]*api.Status{}}
+	check := func(what, name string, want int64) {
+		t.Helper()
+		if got := s.m.latelyBut(s.m.members[name]); got != want*mib {
+			t.Errorf("%s: of others than %s: %d MiB/s, want %d", what, name, got/mib, want)
 		}
-		s.event(epoch, []string{"join", "b", "can", "line=64"})
+	}
+	s.event(epoch, []string{"join", "a", "can", "lately=4"})
+	check("alone", "a", 0)
+	s.event(epoch, []string{"join", "b", "lately=8"})
+	check("one has come", "a", 8)
+	check("one has come", "b", 4)
+	s.event(epoch, []string{"join", "c", "lately=6"})
+	check("another has come", "b", 6)
+	s.event(epoch, []string{"status", "c", "lately=2"})
+	check("it says otherwise", "b", 4)
+	s.event(epoch, []string{"leave", "b"})
+	check("the best has gone", "c", 4)
+	s.event(epoch, []string{"status", "a", "lately=-1"})
+	check("less than nothing", "c", 0)
+}
+
+// What those alone have that crept while they fetched it is fetched once more.
+func TestCrept(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		size   int64
+		inflow string // MiB/s of the fetcher
+		waits  []string
+		more   []string
+		want   time.Duration // after the fetcher is through
+	}{
+		{"a fetcher that crept", mib, "0.125", []string{"line=64"}, nil, testStall},
+		{"one that did not", mib, "4", []string{"line=64"}, nil, 0},
+		{"a blob so long that another is sent beside it", 4 * mib, "0.125", []string{"line=64"}, nil, 0},
+		{"for one that is slow, too", mib, "0.125", []string{"line=0.125"}, nil, 0},
+		{"and others have it", mib, "0.125", []string{"line=64"}, []string{"join", "h", "whole", "has=0"}, 0},
+	} {
+		s := &script{t: t, m: NewMachine(testDigest, c.size, MachineOptions{Layout: testLayout, StallTimeout: testStall}), stat: map[string]*api.Status{}}
+		s.event(epoch, []string{"join", "a", "can", "line=64"})
+		s.event(epoch, []string{"status", "a", "fetching", "-can"})
+		s.event(epoch, []string{"join", "q", "registry=8", "lately=8", "line=64"})
+		s.event(epoch.Add(4*time.Second), []string{"status", "a", "inflow=" + c.inflow})
+		if c.more != nil {
+			s.event(epoch.Add(4*time.Second), c.more)
+		}
+		through := epoch.Add(5 * time.Second)
+		s.event(through, []string{"status", "a", "prefix=4", "whole", "-fetching", "inflow=0"})
+		for i := range s.m.segs {
+			s.event(through, []string{"announce", "a", fmt.Sprint(i)})
+		}
+		s.event(through, append([]string{"join", "b", "can"}, c.waits...))
 		var told time.Duration
-		for at := time.Duration(0); at < 4*time.Second && told == 0; at += 50 * time.Millisecond {
-			got := s.tickTo(epoch.Add(at))
-			if at == time.Second {
-				got = append(got, show(s.event(epoch.Add(at), []string{"status", "b", "prefix=" + c.bytes, "busy"}))...)
-			} else if at%(500*time.Millisecond) == 0 {
-				got = append(got, show(s.event(epoch.Add(at), []string{"status", "b", "busy"}))...)
+		for at := time.Duration(0); at < 3500*time.Millisecond && told == 0; at += 50 * time.Millisecond {
+			if at%(500*time.Millisecond) == 0 {
+				s.event(through.Add(at), []string{"status", "b", "busy"})
 			}
-			if slices.Contains(got, "b fetch") {
+			if slices.Contains(s.tickTo(through.Add(at)), "b fetch") {
 				told = at
 			}
 		}

@@ -419,7 +419,7 @@ type Status struct {
 	Line          int64                  `protobuf:"varint,10,opt,name=line,proto3" json:"line,omitempty"`                        // bytes/s that came in here or went out in the best second lately, all blobs together; 0: not known, no transfer was long enough to tell
 	Registry      int64                  `protobuf:"varint,11,opt,name=registry,proto3" json:"registry,omitempty"`                // bytes/s that came in here from registries in the best second lately; 0: not known
 	Receiving     bool                   `protobuf:"varint,12,opt,name=receiving,proto3" json:"receiving,omitempty"`              // fetching, and bytes come in of it as far as can be told, though none are handed on: a slow line
-	Inflow        int64                  `protobuf:"varint,13,opt,name=inflow,proto3" json:"inflow,omitempty"`                    // bytes/s that have come in here in the last seconds, all blobs together, while some are fetched whose bytes come slowly; 0: not known, or not so
+	Inflow        int64                  `protobuf:"varint,13,opt,name=inflow,proto3" json:"inflow,omitempty"`                    // bytes/s that have come in here in the last seconds, all blobs together, while receiving; 0: not known, or not so
 	Lately        int64                  `protobuf:"varint,14,opt,name=lately,proto3" json:"lately,omitempty"`                    // as registry, in the best of the last ten seconds
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
