@@ -329,7 +329,7 @@ func TestNewKeyIsGossiped(t *testing.T) {
 		c := dataNode(t, GenerateKey(), name, l.Addr().String(), join)
 		c.o.Identity = id
 		var err error
-		if c.meta, err = c.describe(); err != nil {
+		if c.meta, _, err = c.describe(); err != nil {
 			t.Fatal(err)
 		}
 		return c

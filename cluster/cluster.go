@@ -158,7 +158,7 @@ func New(o Options) (*Cluster, error) {
 	if _, err := said.encode(); err != nil {
 		return nil, err
 	}
-	if c.meta, err = c.describe(); err != nil {
+	if c.meta, _, err = c.describe(); err != nil {
 		return nil, err
 	}
 	c.self = member(o.Name, host, said)

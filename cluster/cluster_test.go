@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"log"
@@ -572,5 +573,35 @@ func TestSlowNodeIsKnown(t *testing.T) {
 	}
 	for _, c := range nodes {
 		await(t, c, "asks all as before", func() bool { return slices.Equal(names(c.Trackers(d)), order) })
+	}
+}
+
+// Labels that leave no room for it keep a node from saying that it is slow, and so from
+// believing it alone; nothing else.
+func TestNoRoomToBeSlow(t *testing.T) {
+	var c *Cluster
+	for n := 0; ; n++ { // the longest label that is taken
+		o := Options{
+			Identity: keyed(t, GenerateKey(), "n0"), Name: "n0", BindAddr: "127.0.0.1:0", DataAddress: "127.0.0.1:7947",
+			Labels: map[string]string{"l": strings.Repeat("x", 330+n)}, Log: silent,
+		}
+		next, err := New(o)
+		if err != nil {
+			break
+		}
+		c = next
+	}
+	if c == nil {
+		t.Fatal("no label is taken")
+	}
+	// As while its certificate is exchanged.
+	c.said.Labels["l"] += strings.Repeat("x", base64.RawURLEncoding.EncodedLen(fingerprintSize)+len(`"",`))
+	c.Slow(time.Minute)
+	said, slow, err := c.describe()
+	if err != nil || slow {
+		t.Fatalf("slow: %v, %v", slow, err)
+	}
+	if c.restate(said, slow); c.Members()[0].Slow {
+		t.Error("it is slow for itself alone")
 	}
 }

@@ -122,23 +122,23 @@ func (c *Cluster) Slow(d time.Duration) {
 	}
 }
 
-// describe is what gossip says of this node.
-func (c *Cluster) describe() ([]byte, error) {
+// describe is what gossip says of this node, and whether that it is Slow is part of it.
+func (c *Cluster) describe() (said []byte, slow bool, err error) {
 	m := c.said
 	m.Keys = c.o.Identity.creds.keys()
 	c.mu.Lock()
 	m.Slow = time.Now().Before(c.slow)
 	c.mu.Unlock()
-	out, err := m.encode()
+	said, err = m.encode()
 	if err != nil && m.Slow {
 		m.Slow = false // labels may leave room for two keys and no more
-		return m.encode()
+		said, err = m.encode()
 	}
-	return out, err
+	return said, m.Slow, err
 }
 
-// follow tells the others when this node's keys have changed, or whether it is slow has,
-// until ctx ends.
+// follow tells the others, until ctx ends, when this node has other keys, and when it has
+// become slow or is so no more.
 func (c *Cluster) follow(ctx context.Context, ml *memberlist.Memberlist) {
 	tick := time.NewTicker(c.wait.keys)
 	defer tick.Stop()
@@ -149,12 +149,12 @@ func (c *Cluster) follow(ctx context.Context, ml *memberlist.Memberlist) {
 		case <-c.news:
 		case <-tick.C:
 		}
-		now, err := c.describe()
+		said, slow, err := c.describe()
 		if err != nil {
 			c.o.Log.Error("this node's key cannot be told to the others", "err", err)
 			continue
 		}
-		if !c.restate(now) {
+		if !c.restate(said, slow) {
 			continue
 		}
 		if err := ml.UpdateNode(updateTimeout); err != nil {
@@ -164,15 +164,15 @@ func (c *Cluster) follow(ctx context.Context, ml *memberlist.Memberlist) {
 }
 
 // restate takes what is to be said of this node, and says whether that is anything new.
-func (c *Cluster) restate(now []byte) bool {
+func (c *Cluster) restate(said []byte, slow bool) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if bytes.Equal(now, c.meta) {
+	if bytes.Equal(said, c.meta) {
 		return false
 	}
-	c.meta = now
+	c.meta = said
 	self := c.members[c.self.Name]
-	switch slow := time.Now().Before(c.slow); {
+	switch {
 	case slow == self.Slow:
 		c.o.Log.Info("this node has a new key: telling the others")
 		return true
@@ -181,7 +181,7 @@ func (c *Cluster) restate(now []byte) bool {
 	default:
 		c.o.Log.Info("this node's line has not been slow for a while: it tracks blobs again")
 	}
-	self.Slow = !self.Slow
+	self.Slow = slow
 	c.members[c.self.Name] = self
 	c.publish()
 	return true

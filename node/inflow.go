@@ -62,6 +62,7 @@ type inflow struct {
 type sample struct {
 	at       time.Time
 	received map[uint32]uint64
+	come     uint64 // bytes on all connections since the sample before; 0 of the first
 }
 
 func newInflow(log *slog.Logger) *inflow { return &inflow{log: log, connections: connectionsOfOthers} }
@@ -119,9 +120,7 @@ func (f *inflow) rate(now time.Time) float64 {
 		if f.samples[k].at.Sub(f.samples[k-1].at) > mostApart {
 			return 0
 		}
-		for socket, n := range f.samples[k].received {
-			come += n - min(f.samples[k-1].received[socket], n)
-		}
+		come += f.samples[k].come
 	}
 	if span := f.samples[last].at.Sub(f.samples[k].at); span >= flowSpan {
 		return float64(come) / span.Seconds()
@@ -146,7 +145,14 @@ func (f *inflow) look(now time.Time) {
 		return
 	}
 	f.failed = time.Time{}
-	f.samples = append(f.samples, sample{now, received})
+	s := sample{at: now, received: received}
+	if len(f.samples) > 0 {
+		before := f.samples[len(f.samples)-1].received
+		for socket, n := range received {
+			s.come += n - min(before[socket], n)
+		}
+	}
+	f.samples = append(f.samples, s)
 	for now.Sub(f.samples[0].at) > inflowSpan {
 		f.samples = f.samples[1:]
 	}

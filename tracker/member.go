@@ -71,7 +71,7 @@ type member struct {
 	tells    int           // times it was told in vain
 	sent     bool          // it was told to fetch, and has not thrown away what it brought
 	toldSlow time.Time     // when it was last told that it is slow
-	crept    bool          // its line was slow while it fetched the blob
+	crept    bool          // its line was slow until it was through with fetching the blob
 	lags     bool          // as first hop it was overtaken by others, until it has a segment in time
 	lagsAt   time.Time     // since when it lags
 	lagsIn   int           // for which segment it was overtaken
@@ -168,7 +168,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 	turned := x.class != gone && x.canFetch != s.GetCanFetch()
 	x.prefix, x.present = prefix, present
 	if x.fetching && (s.GetWhole() || !s.GetFetching()) {
-		m.creep(x)
+		x.crept = m.slow(x) // a short blob may be through before another is sent beside it
 	}
 	x.canFetch, x.fetching, x.whole = s.GetCanFetch(), s.GetFetching(), s.GetWhole()
 	x.load, x.rank, x.busy, x.receiving = s.GetLoad(), s.GetRank(), s.GetBusy(), s.GetReceiving()

@@ -188,7 +188,7 @@ func (m *Machine) longFor(i int) time.Duration {
 // so for longer than a machine now and then stands still.
 func (m *Machine) tellSlow(now time.Time) {
 	for _, x := range m.list {
-		if now.Sub(x.toldSlow) < tellSlowAgain && !x.toldSlow.IsZero() {
+		if now.Sub(x.toldSlow) < tellSlowAgain {
 			continue
 		}
 		if m.slow(x) || x.lags && !x.has[x.lagsIn] && now.Sub(x.lagsAt) >= m.stall {
@@ -197,10 +197,6 @@ func (m *Machine) tellSlow(now time.Time) {
 		}
 	}
 }
-
-// creep notes of a member that is about to be no fetcher any more whether its line was slow
-// to the end, which it may reach before another is sent beside it, if the blob is short.
-func (m *Machine) creep(x *member) { x.crept = m.slow(x) }
 
 // thin says whether a segment of a short blob is with those alone that crept.
 func (m *Machine) thin(i int) bool {
@@ -212,12 +208,12 @@ func (m *Machine) thin(i int) bool {
 // scarce says whether somebody whose line is not slow waits for what is with those alone
 // that crept.
 func (m *Machine) scarce() bool {
-	if len(m.segs) > lagOthers {
+	best := m.candidate(true)
+	if best == nil || m.slow(best) || best.lags {
 		return false
 	}
-	best := m.candidate(true)
 	for i := range m.segs {
-		if best != nil && !m.slow(best) && !best.lags && !best.has[i] && m.thin(i) {
+		if !best.has[i] && m.thin(i) {
 			return true
 		}
 	}

@@ -17,17 +17,20 @@ func TestFirstHopOfShortBlob(t *testing.T) {
 	for _, c := range []struct {
 		registry string // MiB/s that one has had from a registry
 		size     int64
+		line     string // of the one that has it
 		want     time.Duration
 	}{
-		{"8", mib, testStall},
-		{"2", mib, 4 * time.Second},
+		{"8", mib, "64", testStall},
+		{"2", mib, "64", 4 * time.Second},
 		// Otherwise when it has stood still for long, though it says that bytes come.
-		{"0.5", mib, 5 * time.Second},
-		{"0", mib, 5 * time.Second},
-		{"8", 8 * mib, 5 * time.Second},
+		{"0.5", mib, "64", 5 * time.Second},
+		{"0", mib, "64", 5 * time.Second},
+		{"8", 8 * mib, "64", 5 * time.Second},
+		// One more would get no more, and the first less.
+		{"8", mib, "1", 5 * time.Second},
 	} {
 		s := &script{t: t, m: NewMachine(testDigest, c.size, MachineOptions{Layout: testLayout, StallTimeout: testStall}), stat: map[string]*api.Status{}}
-		s.event(epoch, []string{"join", "a", "can", "registry=" + c.registry})
+		s.event(epoch, []string{"join", "a", "can", "registry=" + c.registry, "line=" + c.line})
 		s.event(epoch, []string{"status", "a", "fetching", "-can"})
 		s.event(epoch, []string{"join", "b", "can"})
 		s.event(epoch, []string{"join", "c", "can"})
@@ -86,18 +89,22 @@ func TestOvertaken(t *testing.T) {
 		name    string
 		order   []int // in which the segments are announced by the fetcher, 0 is not had by its first hop
 		other   bool  // another has the later ones as well, from elsewhere
+		laggard bool  // there is nobody else but one that lags as well
+		had     bool  // somebody has got what the first hop has not
 		want    bool
-		getsOn  int // the segment that the first hop has after that, 0 none
+		getsOn  int // the segment that the first hop has after that, negative for none
 		quickly bool
 		slow    bool
 	}{
-		{"by later ones", []int{0, 1, 2, 3, 4, 5}, false, true, -1, false, true},
-		{"not by earlier ones", []int{1, 2, 3, 4, 5, 0}, false, false, -1, false, false},
-		{"not by few", []int{1, 2, 3, 0, 4, 5}, false, false, -1, false, false},
-		{"not by what others may have from elsewhere", []int{0, 1, 2, 3, 4, 5}, true, false, -1, false, false},
-		{"and gets on", []int{0, 1, 2, 3, 4, 5}, false, true, 0, false, false},
-		{"and gets another segment late", []int{0, 1, 2, 3, 4, 5}, false, true, 5, false, true},
-		{"and gets another segment in time", []int{0, 1, 2, 3, 4, 5}, false, true, 6, true, false},
+		{"by later ones", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, -1, false, true},
+		{"not by earlier ones", []int{1, 2, 3, 4, 5, 0}, false, false, false, false, -1, false, false},
+		{"not by few", []int{1, 2, 3, 0, 4, 5}, false, false, false, false, -1, false, false},
+		{"not by what others may have from elsewhere", []int{0, 1, 2, 3, 4, 5}, true, false, false, false, -1, false, false},
+		{"and nobody else is quicker", []int{0, 1, 2, 3, 4, 5}, false, true, false, false, -1, false, true},
+		{"and somebody has it", []int{0, 1, 2, 3, 4, 5}, false, false, true, false, -1, false, false},
+		{"and gets on", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, 0, false, false},
+		{"and gets another segment late", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, 5, false, true},
+		{"and gets another segment in time", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, 6, true, false},
 	} {
 		s := &script{t: t, m: NewMachine(testDigest, 7*mib, MachineOptions{Layout: testLayout, StallTimeout: testStall}), stat: map[string]*api.Status{}}
 		at := func(ms int) time.Time { return epoch.Add(time.Duration(ms) * time.Millisecond) }
@@ -122,12 +129,21 @@ func TestOvertaken(t *testing.T) {
 		}
 		origin := s.m.members["a"]
 		hop := s.m.segs[0].hops[origin]
+		if c.had {
+			s.event(at(90), []string{"join", "r", "can"})
+			s.event(at(91), []string{"announce", "r", "0"})
+		}
+		if c.laggard {
+			for _, x := range s.m.list {
+				x.lags = x != hop
+			}
+		}
 		told := false
 		for ms := 100; ms < 3600; ms += 100 {
 			told = told || slices.Contains(s.tickTo(at(ms)), hop.name+" slow")
 			s.event(at(ms), []string{"status", "a", fmt.Sprintf("present=%.3f", 6+float64(ms)/10000)})
 			if ms == 1300 {
-				if now := s.m.segs[0].hops[origin]; (now != hop) != c.want || hop.lags != c.want {
+				if now := s.m.segs[0].hops[origin]; (now != hop) != c.want || hop.lags != (c.want || c.laggard) {
 					t.Errorf("%s: replaced: %v, lags: %v; want %v", c.name, now != hop, hop.lags, c.want)
 				}
 				if told {
@@ -172,6 +188,12 @@ func TestRestOfAFetcher(t *testing.T) {
 		if got := m.restsLong(f); got != c.want {
 			t.Errorf("3 MiB at %d bytes/s, of late %d, shared by %d more: long: %v, want %v", c.line, c.inflow, c.load, got, c.want)
 		}
+	}
+	if f.line, f.inflow = 64*mib, 1; !m.slowNow(f) {
+		t.Error("a fetcher that gets next to nothing is not slow")
+	}
+	if f.fetching = false; m.slowNow(f) {
+		t.Error("one that fetches nothing is slow since little comes in")
 	}
 }
 
@@ -231,7 +253,10 @@ func TestCrept(t *testing.T) {
 		s.event(through, append([]string{"join", "b", "can"}, c.waits...))
 		var told time.Duration
 		for at := time.Duration(0); at < 3500*time.Millisecond && told == 0; at += 50 * time.Millisecond {
-			if at%(500*time.Millisecond) == 0 {
+			switch {
+			case at == time.Second:
+				s.event(through.Add(at), []string{"status", "b", "busy", "prefix=0.2"})
+			case at%(500*time.Millisecond) == 0:
 				s.event(through.Add(at), []string{"status", "b", "busy"})
 			}
 			if slices.Contains(s.tickTo(through.Add(at)), "b fetch") {
