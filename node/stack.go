@@ -188,13 +188,13 @@ func (st *stack) containOrEnd(part string) func(work func()) {
 // follow tells the tracker's clients when the cluster's members have changed,
 // and with them who tracks which blob.
 func (st *stack) follow(ctx context.Context) error {
-	warmer := tracker.NewWarmer(st.tracker)
+	c, warmer := st.cluster, tracker.NewWarmer(st.tracker)
 	defer warmer.Close()
 	meet := sync.OnceFunc(func() { close(st.company) })
 	defer time.AfterFunc(companyGrace, meet).Stop()
 	for {
-		changed := st.cluster.Changed()
-		trackers := st.cluster.TrackerNodes()
+		changed := c.Changed()
+		trackers := c.TrackerNodes()
 		st.office.note(time.Now(), trackers)
 		var addresses []string
 		for _, m := range trackers {
@@ -206,6 +206,7 @@ func (st *stack) follow(ctx context.Context) error {
 		}
 		st.registrar.TrackersChanged()
 		st.tracker.TrackersChanged()
+		st.server.TrackersChanged(func(d digest.Digest) bool { return c.Trackers(d)[0].Name == c.Self().Name })
 		select {
 		case <-ctx.Done():
 			return nil

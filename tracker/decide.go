@@ -21,6 +21,10 @@ func (m *Machine) decide(now time.Time) {
 	}
 	m.release(now)
 	m.askSeeders(now)
+	if now.Before(m.leftUntil) {
+		m.wakeAt(m.leftUntil)
+		return
+	}
 	if slices.ContainsFunc(m.fetchers, func(f *member) bool { return !f.mending }) {
 		m.vacant = time.Time{}
 		m.hedge(now)
@@ -190,6 +194,9 @@ func (m *Machine) tainting() bool {
 // would be long over what another has in no time.
 func (m *Machine) hedge(now time.Time) {
 	still := m.lastTell.Add(m.stall)
+	if m.expects(now) {
+		still = later(still, m.resumeUntil)
+	}
 	if !m.small() && m.covered == len(m.segs) {
 		// The members have all that a fetcher would bring, as in supplied.
 		still = later(still, m.progressed.Add(2*m.stall))

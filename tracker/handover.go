@@ -2,8 +2,11 @@ package tracker
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc/connectivity"
 
 	api "github.com/imagewolf/imagewolf/api/v1"
@@ -62,8 +65,35 @@ func (m *Machine) expects(now time.Time) bool {
 	return now.Before(m.resumeUntil) && !m.everyone()
 }
 
+// Tracks says whether this is the blob's tracker now, or another is. When it has just
+// become another, the members are on their way there: none of those that are still here is
+// sent to the registry before they had a stall timeout for that.
+func (m *Machine) Tracks(now time.Time, here bool) []Command {
+	switch {
+	case here:
+		m.leftUntil = time.Time{}
+	case m.here:
+		m.leftUntil = now.Add(m.stall)
+	}
+	m.here = here
+	m.decide(now)
+	return m.take()
+}
+
 // everyone says that all nodes of the cluster are members.
 func (m *Machine) everyone() bool { return m.count != nil && len(m.list) >= m.count() }
+
+// TrackersChanged has the blobs with members here know whether this is still their
+// tracker, as tracks says. To be called when membership has changed, and now and then.
+func (s *Server) TrackersChanged(tracks func(d digest.Digest) bool) {
+	s.mu.Lock()
+	all := slices.Collect(maps.Values(s.blobs))
+	s.mu.Unlock()
+	for _, b := range all {
+		here := tracks(b.digest)
+		b.handle(nil, func(m *Machine, now time.Time) []Command { return m.Tracks(now, here) })
+	}
+}
 
 // TrackersChanged has the sessions that are not at their blob's best tracker any
 // more end, with ErrMoved, once that one can be reached; those whose tracker is none

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/test/bufconn"
 
@@ -77,6 +78,45 @@ func TestHandOver(t *testing.T) {
 			1.5s   join a fetching       > a wait
 			2s     move a
 			3s     tick                  > b fetch`},
+		{"a slow fetcher gets nobody beside it before those that may come have come", true, 9, `
+			0s     join r registry=8 lately=8 > r wait
+			0s     join a fetching prefix=1 inflow=0.1 busy resumed > a wait
+			100ms  join b can            > b wait
+			900ms  join c fetching prefix=1 resumed > c wait
+			2s     tick`},
+		{"and one beside it then", true, 9, `
+			0s     join r registry=8 lately=8 > r wait
+			0s     join a fetching prefix=1 inflow=0.1 busy resumed > a wait
+			100ms  join b can            > b wait
+			999ms  tick
+			1s     tick                  > b fetch`},
+		{"who is still here when the blob has another tracker is not sent", false, 0, `
+			0s     join a can            > a fetch
+			1ms    join b can            > b wait
+			10ms   status a fetching -can
+			1s     elsewhere
+			1.5s   leave a
+			2s     elsewhere
+			2.9s   tick
+			3s     tick                  > b fetch`},
+		{"but if that is over", false, 0, `
+			0s     join a can            > a fetch
+			1ms    join b can            > b wait
+			10ms   status a fetching -can
+			1s     elsewhere
+			1.5s   leave a
+			1.6s   here                  > b fetch`},
+		{"nor is one that stands in for another held up", true, 0, `
+			0s     join a can            > a wait
+			100ms  elsewhere
+			499ms  tick
+			500ms  tick                  > a fetch`},
+		{"unless it was the tracker meanwhile", true, 0, `
+			0s     join a can            > a wait
+			50ms   here
+			100ms  elsewhere
+			2s     tick
+			2.1s   tick                  > a fetch`},
 		{"a stranger moves nothing", false, 0, `
 			0s     join a can            > a fetch
 			1s     move b`},
@@ -212,6 +252,27 @@ func TestFetcherThatMovesIsNotTakenForDead(t *testing.T) {
 		}
 		expect(t, leecher, "fetch") // nobody followed
 	})
+}
+
+// A tracker that has just become none of a blob's sends none of its members to the registry
+// while they are leaving; those of other blobs it does.
+func TestFormerTrackerSendsNobody(t *testing.T) {
+	for _, here := range []bool{true, false} {
+		bubble(t, func(t *testing.T, n *testNet) {
+			old := n.serve("t0", nil)
+			fetcher := n.join(n.client("a", ""), &api.Status{Fetching: true})
+			leecher := n.join(n.client("b", ""), &api.Status{CanFetch: true})
+			defer leecher.Close()
+			expect(t, leecher, "wait")
+			old.s.TrackersChanged(func(d digest.Digest) bool { return d != testDigest || here })
+			fetcher.Close()
+			began := time.Now()
+			expect(t, leecher, "fetch")
+			if waited := time.Since(began) >= testStall; waited == here {
+				t.Errorf("it is the tracker: %v; one is sent after %v", here, time.Since(began))
+			}
+		})
+	}
 }
 
 // A session whose tracker is none any more does not stay there.

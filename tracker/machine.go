@@ -165,6 +165,8 @@ type Machine struct {
 	takesOver bool            // nobody has joined yet, and members may be at another tracker
 	resumed   bool            // a member has come from another tracker
 	movers    map[string]bool // fetchers that went to another tracker, by name
+	here      bool            // this is the blob's tracker, and not one that stands in for it
+	leftUntil time.Time       // until when members may leave for another tracker
 
 	begun       bool      // a fetcher has been told before
 	vacant      time.Time // since when leechers starve without a fetcher
@@ -203,6 +205,7 @@ func NewMachine(d digest.Digest, size int64, o MachineOptions) *Machine {
 		maxWait: o.MaxWait,
 
 		takesOver: o.TakesOver,
+		here:      !o.TakesOver,
 		count:     o.Members,
 		hash:      hashString(d.String()),
 		members:   map[string]*member{},

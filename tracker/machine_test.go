@@ -120,6 +120,8 @@ func (s *script) event(now time.Time, f []string) []Command {
 		return s.m.Leave(now, name)
 	case "move":
 		return s.m.Move(now, name)
+	case "here", "elsewhere":
+		return s.m.Tracks(now, f[0] == "here")
 	case "seeder":
 		zone := ""
 		if len(f) > 2 {
