@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"net"
 	"slices"
 	"sync"
 	"time"
@@ -27,6 +28,8 @@ type Membership interface {
 	Admits(key string) bool
 	// Await waits until it is. It returns false when ctx ends before.
 	Await(ctx context.Context, key string) bool
+	// Connected is told of a member's connection, which stays its user's.
+	Connected(conn net.Conn)
 }
 
 // admission knows the keys of those who are let in. The zero value knows none.

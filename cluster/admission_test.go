@@ -249,6 +249,47 @@ func TestOnlyMembersAreSpokenTo(t *testing.T) {
 	}
 }
 
+// Whoever connects, members know of their connections to each other, and of no others.
+func TestConnectionsAreLookedAt(t *testing.T) {
+	key := GenerateKey()
+	l := listen(t)
+	member := dataNode(t, key, "member", l.Addr().String(), "")
+	start(t, member.Run)
+	c := dataNode(t, key, "node", "127.0.0.1:1", gossipAddr(t, member).String())
+	start(t, c.Run)
+	awaitMembers(t, c, "member", "node")
+	port := NewDataPort(l, member.o.Identity, member, silent)
+	port.grace = 0
+	start(t, port.Run)
+	greet(t, port)
+	srv := grpc.NewServer(grpc.Creds(member.o.Identity.ServerCredentials()))
+	healthv1.RegisterHealthServer(srv, health.NewServer())
+	start(t, func(context.Context) error { return srv.Serve(port.GRPC()) })
+	t.Cleanup(srv.Stop)
+
+	silence(t, keyed(t, key, "stranger"), port)
+	peers, err := c.Dial(t.Context(), l.Addr().String(), ProtoBitTorrent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peers.Close() //nolint:errcheck // nothing was sent
+	calls, err := grpc.NewClient("passthrough:///"+l.Addr().String(), c.GRPCDialOptions()...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer calls.Close() //nolint:errcheck // the call is over
+	if _, err := healthv1.NewHealthClient(calls).Check(t.Context(), &healthv1.HealthCheckRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []*Cluster{c, member} {
+		eventually(t, x.Self().Name+" looks at two connections", func() bool {
+			x.line.mu.Lock()
+			defer x.line.mu.Unlock()
+			return len(x.line.conns) == 2
+		})
+	}
+}
+
 // A node connects to one that has not heard of it, and is let in at once.
 func TestFreshNodeIsIntroduced(t *testing.T) {
 	key := GenerateKey()

@@ -91,6 +91,7 @@ type Cluster struct {
 	wait    waits
 
 	admission admission // has a lock of its own
+	line      line      // as admission
 
 	mu       sync.Mutex
 	meta     []byte                    // guarded by mu: what is said of this node
@@ -101,8 +102,6 @@ type Cluster struct {
 	trackers []Member                  // guarded by mu; as sorted
 	changed  chan struct{}             // guarded by mu: closed at the next change
 	slow     time.Time                 // guarded by mu: until when this node is Slow
-
-	news chan struct{} // has room for one: what gossip says of this node has changed
 }
 
 // New checks the options and finds the address under which others reach this
@@ -144,7 +143,7 @@ func New(o Options) (*Cluster, error) {
 	}
 	c := &Cluster{
 		o: o, bind: bind, host: host, targets: targets, wait: defaultWaits,
-		changed: make(chan struct{}), news: make(chan struct{}, 1),
+		changed: make(chan struct{}),
 	}
 	said := meta{Port: data.Port(), Labels: maps.Clone(o.Labels)}
 	// A data port bound to one address is reached there, unless the operator

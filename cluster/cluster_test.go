@@ -565,7 +565,7 @@ func TestSlowNodeIsKnown(t *testing.T) {
 	d := digest.FromString("blob")
 	order := names(first.Trackers(d))
 	slow := nodes[slices.IndexFunc(nodes, func(c *Cluster) bool { return c.Self().Name == order[0] })]
-	slow.Slow(3 * time.Second)
+	slow.beSlow(3 * time.Second)
 	for _, c := range nodes {
 		await(t, c, "asks the slow one last", func() bool {
 			return slices.Equal(names(c.Trackers(d)), []string{order[1], order[2], order[0]})
@@ -596,7 +596,7 @@ func TestNoRoomToBeSlow(t *testing.T) {
 	}
 	// As while its certificate is exchanged.
 	c.said.Labels["l"] += strings.Repeat("x", base64.RawURLEncoding.EncodedLen(fingerprintSize)+len(`"",`))
-	c.Slow(time.Minute)
+	c.beSlow(time.Minute)
 	said, slow, err := c.describe()
 	if err != nil || slow {
 		t.Fatalf("slow: %v, %v", slow, err)

@@ -161,6 +161,7 @@ func (p *DataPort) admit(ctx context.Context, tcp net.Conn, proved func()) {
 		})
 		return
 	}
+	p.members.Connected(tcp)
 	queue := p.torrent
 	if conn.ConnectionState().NegotiatedProtocol == ProtoGRPC {
 		tune(tcp, heldAfter, heldProbes)

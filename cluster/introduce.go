@@ -33,8 +33,12 @@ func (c *Cluster) Dial(ctx context.Context, address, proto string) (net.Conn, er
 	if err := c.recognise(ctx, state); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", address, err), conn.Close())
 	}
+	c.Connected(conn.(*tls.Conn).NetConn()) //nolint:errcheck // as above
 	return conn, nil
 }
+
+// Connected implements Membership.
+func (c *Cluster) Connected(conn net.Conn) { c.line.watch(conn) }
 
 // GRPCDialOptions are Identity.GRPCDialOptions, for connections that are
 // announced and checked as those of Dial are.
@@ -76,6 +80,7 @@ func (m memberCredentials) ClientHandshake(ctx context.Context, authority string
 	if err := m.cluster.recognise(ctx, state); err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("%s: %w", raw.RemoteAddr(), err), conn.Close())
 	}
+	m.cluster.Connected(raw)
 	return conn, info, nil
 }
 
@@ -110,16 +115,11 @@ func (c *Cluster) introduce(address string) {
 	}
 }
 
-// Slow has this node be Member.Slow for a while from now on, or for that long again.
-// It does not wait until the others know.
-func (c *Cluster) Slow(d time.Duration) {
+// beSlow has this node be Member.Slow for a while from now on, or for that long again.
+func (c *Cluster) beSlow(d time.Duration) {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.slow = time.Now().Add(d)
-	c.mu.Unlock()
-	select {
-	case c.news <- struct{}{}:
-	default:
-	}
 }
 
 // describe is what gossip says of this node, and whether that it is Slow is part of it.
@@ -140,13 +140,18 @@ func (c *Cluster) describe() (said []byte, slow bool, err error) {
 // follow tells the others, until ctx ends, when this node has other keys, and when it has
 // become slow or is so no more.
 func (c *Cluster) follow(ctx context.Context, ml *memberlist.Memberlist) {
-	tick := time.NewTicker(c.wait.keys)
+	tick, look := time.NewTicker(c.wait.keys), time.NewTicker(lineEvery)
 	defer tick.Stop()
+	defer look.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-c.news:
+		case now := <-look.C:
+			if !c.slowLine(now, ml) {
+				continue
+			}
+			c.beSlow(slowFor)
 		case <-tick.C:
 		}
 		said, slow, err := c.describe()

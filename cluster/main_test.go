@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"log/slog"
+	"net"
 	"testing"
 	"time"
 
@@ -22,6 +23,7 @@ type everyone struct{}
 
 func (everyone) Admits(string) bool                 { return true }
 func (everyone) Await(context.Context, string) bool { return true }
+func (everyone) Connected(net.Conn)                 {}
 
 func keyed(t *testing.T, key, name string) *Identity {
 	t.Helper()

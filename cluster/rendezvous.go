@@ -33,7 +33,7 @@ func rank(key string, members []Member) []Member {
 		all[i] = weighed{binary.BigEndian.Uint64(sum[:]), m}
 	}
 	slices.SortFunc(all, func(a, b weighed) int {
-		return cmp.Or(compareSlow(a.member, b.member), cmp.Compare(b.weight, a.weight), cmp.Compare(a.member.Name, b.member.Name))
+		return cmp.Or(compareTrue(a.member.Slow, b.member.Slow), cmp.Compare(b.weight, a.weight), cmp.Compare(a.member.Name, b.member.Name))
 	})
 	out := make([]Member, len(all))
 	for i, w := range all {
@@ -53,11 +53,12 @@ func heedSlow(members []Member) bool {
 	return slow <= max(1, len(members)/3)
 }
 
-func compareSlow(a, b Member) int {
+// compareTrue orders those of which something is true after the others.
+func compareTrue(a, b bool) int {
 	switch {
-	case a.Slow == b.Slow:
+	case a == b:
 		return 0
-	case a.Slow:
+	case a:
 		return 1
 	}
 	return -1

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"net"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -20,4 +21,28 @@ func setTCP(conn *net.TCPConn, unconfirmed time.Duration, unsent int) {
 		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(unconfirmed.Milliseconds()))
 		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, unsent)
 	})
+}
+
+// kernelSocket asks the kernel about a TCP connection.
+type kernelSocket struct{ raw syscall.RawConn }
+
+// socketOf returns the socket beneath a connection, false if it is none of TCP.
+func socketOf(conn net.Conn) (socket, bool) {
+	tcp, ok := conn.(*net.TCPConn)
+	if !ok {
+		return nil, false
+	}
+	raw, err := tcp.SyscallConn()
+	return kernelSocket{raw}, err == nil
+}
+
+// count implements socket (tcp(7), TCP_INFO). Kernels before 4.19 do not count what was
+// sent.
+func (s kernelSocket) count() (sent, confirmed uint64, ok bool) {
+	var info *unix.TCPInfo
+	var err error
+	if s.raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }) != nil || err != nil {
+		return 0, 0, false
+	}
+	return info.Bytes_sent - info.Bytes_retrans, info.Bytes_acked, true
 }

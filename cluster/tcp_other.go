@@ -9,3 +9,6 @@ import (
 
 // setTCP is for Linux, the only system that nodes run on.
 func setTCP(*net.TCPConn, time.Duration, int) {}
+
+// socketOf is as well.
+func socketOf(net.Conn) (socket, bool) { return nil, false }

@@ -211,6 +211,7 @@ func (s *faultSite) run(t *testing.T, f fault) {
 			}
 			t.Log(s.Logs())
 		}
+		s.KeepLogs(registry)
 	})
 	registry.Reset()
 	registry.Behave(harness.Behavior{Rate: f.speed()})

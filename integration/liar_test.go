@@ -83,6 +83,7 @@ type everyone struct{}
 
 func (everyone) Admits(string) bool                 { return true }
 func (everyone) Await(context.Context, string) bool { return true }
+func (everyone) Connected(net.Conn)                 {}
 
 // become has the nodes know an identity as that of a member. It says goodbye at
 // once, so that nobody takes it for a tracker; members that have just left are

@@ -34,10 +34,10 @@ const (
 	inflowLately = 2 * time.Second
 	inflowLeast  = 4 << 10
 	// flowSpan is over how much time it is measured how much comes in now.
-	flowSpan = 3 * time.Second
+	flowSpan = 2 * time.Second
 	// mostApart is how far apart looks may be for that: after each lump that is handed on
 	// there is none for quietFor.
-	mostApart = flowSpan / 2
+	mostApart = 1500 * time.Millisecond
 	// inflowSpan is how long looks are kept.
 	inflowSpan = time.Minute
 	// maxConnections is with how many connections of other processes the node does

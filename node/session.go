@@ -44,9 +44,6 @@ const (
 	// maxRetracted is how often bytes of a blob are taken back from a session
 	// before it goes by the registry alone.
 	maxRetracted = 4
-	// slowFor is how long a node whose line a tracker has found slow leaves tracking to
-	// others: who has joined a blob is not to wait for what waits in front of that line.
-	slowFor = 5 * time.Minute
 	// maxTold bounds the peers of a segment that nobody here has wanted yet. Trackers are
 	// not trusted to keep to their own bounds, which are those of the rest.
 	maxTold = 64
@@ -341,8 +338,6 @@ func (s *session) handle(ctx context.Context, m *apiv1.TrackerMessage) {
 		s.inline(m.Inline.GetData())
 	case *apiv1.TrackerMessage_Segment:
 		s.segment(m.Segment)
-	case *apiv1.TrackerMessage_Slow:
-		s.stack.cluster.Slow(slowFor)
 	case *apiv1.TrackerMessage_Retract:
 		s.retract(ctx)
 	}

@@ -167,7 +167,7 @@ func FuzzTold(f *testing.F) {
 	peers := []*apiv1.Peer{{Name: "a", Address: "127.0.0.1:1"}, {Name: "b", Address: "no address"}, {}}
 	f.Add(saying(0, segmentMessage(&apiv1.Segment{Pieces: pieces, Peers: peers}), segmentMessage(&apiv1.Segment{Segment: 1, Peers: peers}),
 		&apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Wait{}}, &apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Fetch{}},
-		&apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Retract{}}, &apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Slow{}}, segmentMessage(&apiv1.Segment{Segment: 1 << 31, Pieces: []byte{1}})))
+		&apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Retract{}}, segmentMessage(&apiv1.Segment{Segment: 1 << 31, Pieces: []byte{1}})))
 	f.Add(saying(1, &apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Inline{Inline: &apiv1.Inline{Data: make([]byte, 100)}}},
 		&apiv1.TrackerMessage{}, segmentMessage(nil)))
 	st := alone(f)
@@ -239,32 +239,6 @@ func TestToldTooMuch(t *testing.T) {
 	if len(s.met) != tracker.MaxMembers || len(s.peers[0]) != maxTold || s.met["far"] != "" || s.peers[0][maxTold-1] != "127.0.0.1:19999" ||
 		s.peers[0][0] != "127.0.0.1:19936" {
 		t.Errorf("%d met, %d told", len(s.met), len(s.peers[0]))
-	}
-}
-
-// A node that is told that its line is slow says so to the others.
-func TestToldThatItIsSlow(t *testing.T) {
-	st := alone(t)
-	s, _ := newTold(t, st, 2*mib)
-	defer s.leave()
-	s.handle(t.Context(), &apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Slow{Slow: &apiv1.Slow{}}})
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-	ran := make(chan error, 1)
-	go func() { ran <- st.cluster.Run(ctx) }()
-	for {
-		changed := st.cluster.Changed()
-		if st.cluster.Members()[0].Slow {
-			break
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			t.Fatal("the cluster does not know it")
-		}
-	}
-	cancel()
-	if err := <-ran; err != nil {
-		t.Error(err)
 	}
 }
 

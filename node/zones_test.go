@@ -92,6 +92,7 @@ type everyone struct{}
 
 func (everyone) Admits(string) bool                 { return true }
 func (everyone) Await(context.Context, string) bool { return true }
+func (everyone) Connected(net.Conn)                 {}
 
 func newZoned(t *testing.T, content []byte, members, zones int) *zoned {
 	z := &zoned{t: t, layout: swarm.LayoutOf(int64(len(content))), byName: map[string]*zonedPeer{}, byAddr: map[string]*zonedPeer{}, started: time.Now()}

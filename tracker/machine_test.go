@@ -238,8 +238,6 @@ func show(out []Command) []string {
 			what = "fetch"
 		case *api.TrackerMessage_Inline:
 			what = "inline"
-		case *api.TrackerMessage_Slow:
-			what = "slow"
 		case *api.TrackerMessage_Retract:
 			what = "retract"
 		case *api.TrackerMessage_Segment:

@@ -58,30 +58,27 @@ type member struct {
 	// before it has does not count.
 	retracts uint32
 
-	chosen   int           // times it was first hop or a zone's entry
-	told     time.Time     // when it was told to fetch; zero once it is known to, or not to
-	losses   int           // times it had fewer bytes than before
-	suspect  bool          // it has bytes by hashes that another member found wrong
-	took     []string      // authors of hashes that were current, by which it may have bytes; maxTook at most
-	anew     bool          // it threw away all it had when it last reported wrong bytes or hashes
-	mending  bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones
-	proven   bool          // another has had a segment from it
-	idle     bool          // it was named for not fetching
-	vain     bool          // its zone waited for it, while it said that it gets bytes, for as long as it may; until it has a segment more
-	tells    int           // times it was told in vain
-	sent     bool          // it was told to fetch, and has not thrown away what it brought
-	toldSlow time.Time     // when it was last told that it is slow
-	crept    bool          // its line was slow until it was through with fetching the blob
-	lags     bool          // as first hop it was overtaken by others, until it has a segment in time
-	lagsAt   time.Time     // since when it lags
-	lagsIn   int           // for which segment it was overtaken
-	slow     time.Time     // since when it is known to be a slow fetcher; zero if it is not
-	from     int64         // bytes from 0 on that it had when it became fetcher
-	moved    time.Time     // when it last had more bytes, or became fetcher
-	gap      time.Duration // between the last moves of a fetcher; 0 before its first byte
-	heard    time.Time     // when it joined or last brought something for the others
-	nudged   time.Time
-	asked    time.Time
+	chosen  int           // times it was first hop or a zone's entry
+	told    time.Time     // when it was told to fetch; zero once it is known to, or not to
+	losses  int           // times it had fewer bytes than before
+	suspect bool          // it has bytes by hashes that another member found wrong
+	took    []string      // authors of hashes that were current, by which it may have bytes; maxTook at most
+	anew    bool          // it threw away all it had when it last reported wrong bytes or hashes
+	mending bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones
+	proven  bool          // another has had a segment from it
+	idle    bool          // it was named for not fetching
+	vain    bool          // its zone waited for it, while it said that it gets bytes, for as long as it may; until it has a segment more
+	tells   int           // times it was told in vain
+	sent    bool          // it was told to fetch, and has not thrown away what it brought
+	crept   bool          // its line was slow until it was through with fetching the blob
+	lags    bool          // as first hop it was overtaken by others, until it has a segment in time
+	slow    time.Time     // since when it is known to be a slow fetcher; zero if it is not
+	from    int64         // bytes from 0 on that it had when it became fetcher
+	moved   time.Time     // when it last had more bytes, or became fetcher
+	gap     time.Duration // between the last moves of a fetcher; 0 before its first byte
+	heard   time.Time     // when it joined or last brought something for the others
+	nudged  time.Time
+	asked   time.Time
 }
 
 // seeder is a node that has registered the whole blob.

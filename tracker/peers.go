@@ -496,7 +496,6 @@ func (m *Machine) workingHop(i int) *member {
 // whose first hops do.
 func (m *Machine) sweep(now time.Time) {
 	m.overtake(now)
-	m.tellSlow(now)
 	patience := max(nudgeAfter, m.pace)
 	for _, x := range m.list {
 		if x.starves(m.size) && !now.Before(later(x.moved, x.nudged).Add(patience)) {

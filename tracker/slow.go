@@ -4,8 +4,6 @@ import (
 	"math"
 	"slices"
 	"time"
-
-	api "github.com/imagewolf/imagewolf/api/v1"
 )
 
 const (
@@ -22,8 +20,6 @@ const (
 	lagOthers = 3
 	// overtakeMost is for how many segments at a time another first hop is sent.
 	overtakeMost = 16
-	// tellSlowAgain is how often a member that is slow all the while is told so.
-	tellSlowAgain = time.Minute
 )
 
 // slow says whether a member's line is known to be slow: a registry has sent
@@ -36,14 +32,14 @@ func (m *Machine) slow(x *member) bool { return m.slowLine(x) || m.slowNow(x) }
 func (m *Machine) slowLine(x *member) bool { return x.line > 0 && x.line <= m.fastest/slowFactor }
 
 // slowNow says whether all that comes in now at a member that fetches the blob is little
-// against what another has had from a registry a moment ago, or, if nothing is known of
-// the member's line, has ever had. Lines that were fast become slow as well.
+// against what another has had from a registry a moment ago, or, if the member's line is
+// not known to have been faster, has ever had. Lines that were fast become slow as well.
 func (m *Machine) slowNow(x *member) bool {
 	if !x.fetching || x.inflow == 0 {
 		return false
 	}
 	fastest := m.latelyBut(x)
-	if x.line == 0 {
+	if x.line == 0 || m.slowLine(x) {
 		fastest = max(fastest, m.fastest)
 	}
 	return x.inflow <= fastest/slowFactor
@@ -137,8 +133,8 @@ func (m *Machine) overtake(now time.Time) {
 			if !overtaken && (len(m.segs) > lagOthers || m.slowLine(o) || o.crept || now.Sub(s.hopAt) < m.longFor(i)) {
 				continue
 			}
-			if overtaken && !hop.lags {
-				hop.lags, hop.lagsAt, hop.lagsIn = true, now, i
+			if overtaken {
+				hop.lags = true
 			}
 			fits := func(y *member) bool {
 				return y != hop && !y.lags && !m.shuns(y, o) && !slices.Contains(y.given[i], o)
@@ -182,20 +178,6 @@ func (m *Machine) longFor(i int) time.Duration {
 	}
 	size := m.segmentEnd(i) - int64(i)*m.layout.SegmentSize
 	return max(m.stall, time.Duration(float64(size)/float64(m.fastest/slowFactor)*float64(time.Second)))
-}
-
-// tellSlow tells members that they are slow, again and again. A first hop must have been
-// so for longer than a machine now and then stands still.
-func (m *Machine) tellSlow(now time.Time) {
-	for _, x := range m.list {
-		if now.Sub(x.toldSlow) < tellSlowAgain {
-			continue
-		}
-		if m.slow(x) || x.lags && !x.has[x.lagsIn] && now.Sub(x.lagsAt) >= m.stall {
-			x.toldSlow = now
-			m.send(x, &api.TrackerMessage{Message: &api.TrackerMessage_Slow{Slow: &api.Slow{}}})
-		}
-	}
 }
 
 // thin says whether a segment of a short blob is with those alone that crept.

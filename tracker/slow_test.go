@@ -54,36 +54,28 @@ func TestFirstHopOfShortBlob(t *testing.T) {
 	}
 }
 
-// A lone line that is slow costs the others no first hop, and a member is told once a
-// minute that it is slow.
-func TestSlowMemberIsTold(t *testing.T) {
+// A lone line that is slow costs the others no first hop.
+func TestSlowMemberIsNoFirstHop(t *testing.T) {
 	s := &script{t: t, m: NewMachine(testDigest, 64*mib, MachineOptions{Layout: testLayout, StallTimeout: testStall}), stat: map[string]*api.Status{}}
 	s.event(epoch, []string{"join", "a", "can", "registry=8"})
 	s.event(epoch, []string{"status", "a", "fetching", "-can"})
 	s.event(epoch, []string{"join", "b", "can"})
 	s.event(epoch, []string{"join", "c", "can", "line=0.5"})
-	told := 0
 	for i := range 63 {
 		at := epoch.Add(time.Duration(i) * time.Second)
 		got := append(s.tickTo(at), show(s.event(at, []string{"announce", "a", fmt.Sprint(i)}))...)
 		s.event(at, []string{"status", "a", "present=" + fmt.Sprint(i+1)})
 		s.event(at, []string{"announce", "b", fmt.Sprint(i)})
 		for _, g := range got {
-			if g == "c slow" {
-				told++
-			}
 			if strings.HasPrefix(g, "c seg") && strings.HasSuffix(g, "*(a)") {
 				t.Fatalf("%v: the slow one is a first hop: %s", at.Sub(epoch), g)
 			}
 		}
 	}
-	if told != 2 {
-		t.Errorf("told %d times in a minute that it is slow, want twice", told)
-	}
 }
 
 // A first hop lags where others have what was sent on its way later, until it has a segment
-// in time; and is slow if it does not get on.
+// in time.
 func TestOvertaken(t *testing.T) {
 	for _, c := range []struct {
 		name    string
@@ -94,17 +86,16 @@ func TestOvertaken(t *testing.T) {
 		want    bool
 		getsOn  int // the segment that the first hop has after that, negative for none
 		quickly bool
-		slow    bool
 	}{
-		{"by later ones", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, -1, false, true},
-		{"not by earlier ones", []int{1, 2, 3, 4, 5, 0}, false, false, false, false, -1, false, false},
-		{"not by few", []int{1, 2, 3, 0, 4, 5}, false, false, false, false, -1, false, false},
-		{"not by what others may have from elsewhere", []int{0, 1, 2, 3, 4, 5}, true, false, false, false, -1, false, false},
-		{"and nobody else is quicker", []int{0, 1, 2, 3, 4, 5}, false, true, false, false, -1, false, true},
-		{"and somebody has it", []int{0, 1, 2, 3, 4, 5}, false, false, true, false, -1, false, false},
-		{"and gets on", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, 0, false, false},
-		{"and gets another segment late", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, 5, false, true},
-		{"and gets another segment in time", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, 6, true, false},
+		{"by later ones", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, -1, false},
+		{"not by earlier ones", []int{1, 2, 3, 4, 5, 0}, false, false, false, false, -1, false},
+		{"not by few", []int{1, 2, 3, 0, 4, 5}, false, false, false, false, -1, false},
+		{"not by what others may have from elsewhere", []int{0, 1, 2, 3, 4, 5}, true, false, false, false, -1, false},
+		{"and nobody else is quicker", []int{0, 1, 2, 3, 4, 5}, false, true, false, false, -1, false},
+		{"and somebody has it", []int{0, 1, 2, 3, 4, 5}, false, false, true, false, -1, false},
+		{"and gets on", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, 0, false},
+		{"and gets another segment late", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, 5, false},
+		{"and gets another segment in time", []int{0, 1, 2, 3, 4, 5}, false, false, false, true, 6, true},
 	} {
 		s := &script{t: t, m: NewMachine(testDigest, 7*mib, MachineOptions{Layout: testLayout, StallTimeout: testStall}), stat: map[string]*api.Status{}}
 		at := func(ms int) time.Time { return epoch.Add(time.Duration(ms) * time.Millisecond) }
@@ -138,16 +129,12 @@ func TestOvertaken(t *testing.T) {
 				x.lags = x != hop
 			}
 		}
-		told := false
 		for ms := 100; ms < 3600; ms += 100 {
-			told = told || slices.Contains(s.tickTo(at(ms)), hop.name+" slow")
+			s.tickTo(at(ms))
 			s.event(at(ms), []string{"status", "a", fmt.Sprintf("present=%.3f", 6+float64(ms)/10000)})
 			if ms == 1300 {
 				if now := s.m.segs[0].hops[origin]; (now != hop) != c.want || hop.lags != (c.want || c.laggard) {
 					t.Errorf("%s: replaced: %v, lags: %v; want %v", c.name, now != hop, hop.lags, c.want)
-				}
-				if told {
-					t.Errorf("%s: it is told at once that it is slow", c.name)
 				}
 			}
 			if ms == 1400 && c.getsOn >= 0 {
@@ -156,9 +143,6 @@ func TestOvertaken(t *testing.T) {
 				}
 				s.event(at(ms), []string{"announce", hop.name, fmt.Sprint(c.getsOn)})
 			}
-		}
-		if told != c.slow {
-			t.Errorf("%s: it is told that it is slow: %v, want %v", c.name, told, c.slow)
 		}
 		if c.want && hop.lags == c.quickly {
 			t.Errorf("%s: in the end, it lags: %v", c.name, hop.lags)

@@ -24,7 +24,6 @@ var troubleTests = []machineTest{
 			3s    status a prefix=0.1
 			3.5s  join c can                     > c wait
 			4.5s  status a prefix=0.15 line=0.125
-			4.75s tick                           > a slow
 			6.4s  status a prefix=0.2
 			6.5s  tick                           > b fetch
 			6.6s  status b fetching -can
@@ -58,7 +57,6 @@ var troubleTests = []machineTest{
 			0s    status a fetching -can
 			1s    join b can line=64 registry=8    > b wait
 			3s    status a prefix=3.5 busy line=0.125
-			3.5s  tick                             > a slow
 			6s    status a prefix=3.8 busy
 			7s    status a prefix=4 whole -fetching`},
 	{name: "a fetcher whose line has become slow gets one beside it, and one only", lines: `
@@ -71,14 +69,12 @@ var troubleTests = []machineTest{
 			2s    status a busy
 			3s    status a busy
 			3.5s  status a inflow=0.125            > b fetch
-			3.6s  tick                             > a slow
 			3.7s  status b fetching -can
 			4s    status a busy
 			5s    status a busy
 			5s    status b prefix=0.1
 			6s    status a busy
 			7s    status b prefix=0.2 inflow=0.125
-			7.3s  tick                             > b slow
 			7.5s  status a busy
 			9s    status a busy
 			9s    status b prefix=0.3
@@ -91,6 +87,13 @@ var troubleTests = []machineTest{
 			1s    status a busy
 			2s    status a busy
 			3s    status a busy
+			3.5s  status a inflow=0.125            > b fetch`},
+	{name: "nor is one waited for whose line is known to be slow, once it is measured", lines: `
+			0s    join a can                       > a fetch
+			0s    status a fetching -can
+			1s    join b can registry=8            > b wait
+			1.5s  status a busy
+			3s    status a busy line=0.125
 			3.5s  status a inflow=0.125            > b fetch`},
 	{name: "a registry that was faster once is no measure for a line that was, too", lines: `
 			0s    join a can line=8                > a fetch

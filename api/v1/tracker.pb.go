@@ -800,7 +800,6 @@ type TrackerMessage struct {
 	//	*TrackerMessage_Segment
 	//	*TrackerMessage_Inline
 	//	*TrackerMessage_Retract
-	//	*TrackerMessage_Slow
 	Message       isTrackerMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -888,15 +887,6 @@ func (x *TrackerMessage) GetRetract() *Retract {
 	return nil
 }
 
-func (x *TrackerMessage) GetSlow() *Slow {
-	if x != nil {
-		if x, ok := x.Message.(*TrackerMessage_Slow); ok {
-			return x.Slow
-		}
-	}
-	return nil
-}
-
 type isTrackerMessage_Message interface {
 	isTrackerMessage_Message()
 }
@@ -921,10 +911,6 @@ type TrackerMessage_Retract struct {
 	Retract *Retract `protobuf:"bytes,5,opt,name=retract,proto3,oneof"`
 }
 
-type TrackerMessage_Slow struct {
-	Slow *Slow `protobuf:"bytes,6,opt,name=slow,proto3,oneof"`
-}
-
 func (*TrackerMessage_Wait) isTrackerMessage_Message() {}
 
 func (*TrackerMessage_Fetch) isTrackerMessage_Message() {}
@@ -934,8 +920,6 @@ func (*TrackerMessage_Segment) isTrackerMessage_Message() {}
 func (*TrackerMessage_Inline) isTrackerMessage_Message() {}
 
 func (*TrackerMessage_Retract) isTrackerMessage_Message() {}
-
-func (*TrackerMessage_Slow) isTrackerMessage_Message() {}
 
 // Wait means: bytes are or will be on their way, stay here.
 type Wait struct {
@@ -1050,45 +1034,6 @@ func (*Retract) Descriptor() ([]byte, []int) {
 	return file_api_v1_tracker_proto_rawDescGZIP(), []int{13}
 }
 
-// Slow means: all that comes in at this member is little against what others get, so
-// that whatever it tracks is to be tracked elsewhere for a while. Members of older
-// versions ignore it.
-type Slow struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Slow) Reset() {
-	*x = Slow{}
-	mi := &file_api_v1_tracker_proto_msgTypes[14]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Slow) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Slow) ProtoMessage() {}
-
-func (x *Slow) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[14]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Slow.ProtoReflect.Descriptor instead.
-func (*Slow) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{14}
-}
-
 // Segment names peers for one segment. With pieces set it is also the
 // announcement of the segment; peers add to those already named.
 type Segment struct {
@@ -1102,7 +1047,7 @@ type Segment struct {
 
 func (x *Segment) Reset() {
 	*x = Segment{}
-	mi := &file_api_v1_tracker_proto_msgTypes[15]
+	mi := &file_api_v1_tracker_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1114,7 +1059,7 @@ func (x *Segment) String() string {
 func (*Segment) ProtoMessage() {}
 
 func (x *Segment) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[15]
+	mi := &file_api_v1_tracker_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1127,7 +1072,7 @@ func (x *Segment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Segment.ProtoReflect.Descriptor instead.
 func (*Segment) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{15}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Segment) GetSegment() uint32 {
@@ -1163,7 +1108,7 @@ type RegisterMessage struct {
 
 func (x *RegisterMessage) Reset() {
 	*x = RegisterMessage{}
-	mi := &file_api_v1_tracker_proto_msgTypes[16]
+	mi := &file_api_v1_tracker_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1175,7 +1120,7 @@ func (x *RegisterMessage) String() string {
 func (*RegisterMessage) ProtoMessage() {}
 
 func (x *RegisterMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[16]
+	mi := &file_api_v1_tracker_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1188,7 +1133,7 @@ func (x *RegisterMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterMessage.ProtoReflect.Descriptor instead.
 func (*RegisterMessage) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{16}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RegisterMessage) GetSelf() *Peer {
@@ -1229,7 +1174,7 @@ type Held struct {
 
 func (x *Held) Reset() {
 	*x = Held{}
-	mi := &file_api_v1_tracker_proto_msgTypes[17]
+	mi := &file_api_v1_tracker_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1241,7 +1186,7 @@ func (x *Held) String() string {
 func (*Held) ProtoMessage() {}
 
 func (x *Held) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[17]
+	mi := &file_api_v1_tracker_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1254,7 +1199,7 @@ func (x *Held) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Held.ProtoReflect.Descriptor instead.
 func (*Held) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{17}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Held) GetDigest() string {
@@ -1283,7 +1228,7 @@ type RegisterCommand struct {
 
 func (x *RegisterCommand) Reset() {
 	*x = RegisterCommand{}
-	mi := &file_api_v1_tracker_proto_msgTypes[18]
+	mi := &file_api_v1_tracker_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1295,7 +1240,7 @@ func (x *RegisterCommand) String() string {
 func (*RegisterCommand) ProtoMessage() {}
 
 func (x *RegisterCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_api_v1_tracker_proto_msgTypes[18]
+	mi := &file_api_v1_tracker_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1308,7 +1253,7 @@ func (x *RegisterCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterCommand.ProtoReflect.Descriptor instead.
 func (*RegisterCommand) Descriptor() ([]byte, []int) {
-	return file_api_v1_tracker_proto_rawDescGZIP(), []int{18}
+	return file_api_v1_tracker_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RegisterCommand) GetServe() string {
@@ -1381,19 +1326,17 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\asegment\x18\x01 \x01(\rR\asegment\x12\x16\n" +
 	"\x06pieces\x18\x02 \x01(\fR\x06pieces\x12\x14\n" +
 	"\x05peers\x18\x03 \x03(\tR\x05peers\"\a\n" +
-	"\x05Moved\"\xb2\x02\n" +
+	"\x05Moved\"\x8e\x02\n" +
 	"\x0eTrackerMessage\x12(\n" +
 	"\x04wait\x18\x01 \x01(\v2\x12.imagewolf.v1.WaitH\x00R\x04wait\x12+\n" +
 	"\x05fetch\x18\x02 \x01(\v2\x13.imagewolf.v1.FetchH\x00R\x05fetch\x121\n" +
 	"\asegment\x18\x03 \x01(\v2\x15.imagewolf.v1.SegmentH\x00R\asegment\x12.\n" +
 	"\x06inline\x18\x04 \x01(\v2\x14.imagewolf.v1.InlineH\x00R\x06inline\x121\n" +
-	"\aretract\x18\x05 \x01(\v2\x15.imagewolf.v1.RetractH\x00R\aretract\x12(\n" +
-	"\x04slow\x18\x06 \x01(\v2\x12.imagewolf.v1.SlowH\x00R\x04slowB\t\n" +
-	"\amessage\"\x06\n" +
+	"\aretract\x18\x05 \x01(\v2\x15.imagewolf.v1.RetractH\x00R\aretractB\t\n" +
+	"\amessageJ\x04\b\x06\x10\a\"\x06\n" +
 	"\x04Wait\"\a\n" +
 	"\x05Fetch\"\t\n" +
-	"\aRetract\"\x06\n" +
-	"\x04Slow\"e\n" +
+	"\aRetract\"e\n" +
 	"\aSegment\x12\x18\n" +
 	"\asegment\x18\x01 \x01(\rR\asegment\x12\x16\n" +
 	"\x06pieces\x18\x02 \x01(\fR\x06pieces\x12(\n" +
@@ -1425,7 +1368,7 @@ func file_api_v1_tracker_proto_rawDescGZIP() []byte {
 	return file_api_v1_tracker_proto_rawDescData
 }
 
-var file_api_v1_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_api_v1_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_api_v1_tracker_proto_goTypes = []any{
 	(*Peer)(nil),            // 0: imagewolf.v1.Peer
 	(*MemberMessage)(nil),   // 1: imagewolf.v1.MemberMessage
@@ -1441,11 +1384,10 @@ var file_api_v1_tracker_proto_goTypes = []any{
 	(*Wait)(nil),            // 11: imagewolf.v1.Wait
 	(*Fetch)(nil),           // 12: imagewolf.v1.Fetch
 	(*Retract)(nil),         // 13: imagewolf.v1.Retract
-	(*Slow)(nil),            // 14: imagewolf.v1.Slow
-	(*Segment)(nil),         // 15: imagewolf.v1.Segment
-	(*RegisterMessage)(nil), // 16: imagewolf.v1.RegisterMessage
-	(*Held)(nil),            // 17: imagewolf.v1.Held
-	(*RegisterCommand)(nil), // 18: imagewolf.v1.RegisterCommand
+	(*Segment)(nil),         // 14: imagewolf.v1.Segment
+	(*RegisterMessage)(nil), // 15: imagewolf.v1.RegisterMessage
+	(*Held)(nil),            // 16: imagewolf.v1.Held
+	(*RegisterCommand)(nil), // 17: imagewolf.v1.RegisterCommand
 }
 var file_api_v1_tracker_proto_depIdxs = []int32{
 	2,  // 0: imagewolf.v1.MemberMessage.hello:type_name -> imagewolf.v1.Hello
@@ -1461,22 +1403,21 @@ var file_api_v1_tracker_proto_depIdxs = []int32{
 	3,  // 10: imagewolf.v1.Hello.announced:type_name -> imagewolf.v1.Announce
 	11, // 11: imagewolf.v1.TrackerMessage.wait:type_name -> imagewolf.v1.Wait
 	12, // 12: imagewolf.v1.TrackerMessage.fetch:type_name -> imagewolf.v1.Fetch
-	15, // 13: imagewolf.v1.TrackerMessage.segment:type_name -> imagewolf.v1.Segment
+	14, // 13: imagewolf.v1.TrackerMessage.segment:type_name -> imagewolf.v1.Segment
 	5,  // 14: imagewolf.v1.TrackerMessage.inline:type_name -> imagewolf.v1.Inline
 	13, // 15: imagewolf.v1.TrackerMessage.retract:type_name -> imagewolf.v1.Retract
-	14, // 16: imagewolf.v1.TrackerMessage.slow:type_name -> imagewolf.v1.Slow
-	0,  // 17: imagewolf.v1.Segment.peers:type_name -> imagewolf.v1.Peer
-	0,  // 18: imagewolf.v1.RegisterMessage.self:type_name -> imagewolf.v1.Peer
-	17, // 19: imagewolf.v1.RegisterMessage.added:type_name -> imagewolf.v1.Held
-	1,  // 20: imagewolf.v1.Tracker.Join:input_type -> imagewolf.v1.MemberMessage
-	16, // 21: imagewolf.v1.Tracker.Register:input_type -> imagewolf.v1.RegisterMessage
-	10, // 22: imagewolf.v1.Tracker.Join:output_type -> imagewolf.v1.TrackerMessage
-	18, // 23: imagewolf.v1.Tracker.Register:output_type -> imagewolf.v1.RegisterCommand
-	22, // [22:24] is the sub-list for method output_type
-	20, // [20:22] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	0,  // 16: imagewolf.v1.Segment.peers:type_name -> imagewolf.v1.Peer
+	0,  // 17: imagewolf.v1.RegisterMessage.self:type_name -> imagewolf.v1.Peer
+	16, // 18: imagewolf.v1.RegisterMessage.added:type_name -> imagewolf.v1.Held
+	1,  // 19: imagewolf.v1.Tracker.Join:input_type -> imagewolf.v1.MemberMessage
+	15, // 20: imagewolf.v1.Tracker.Register:input_type -> imagewolf.v1.RegisterMessage
+	10, // 21: imagewolf.v1.Tracker.Join:output_type -> imagewolf.v1.TrackerMessage
+	17, // 22: imagewolf.v1.Tracker.Register:output_type -> imagewolf.v1.RegisterCommand
+	21, // [21:23] is the sub-list for method output_type
+	19, // [19:21] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_api_v1_tracker_proto_init() }
@@ -1500,7 +1441,6 @@ func file_api_v1_tracker_proto_init() {
 		(*TrackerMessage_Segment)(nil),
 		(*TrackerMessage_Inline)(nil),
 		(*TrackerMessage_Retract)(nil),
-		(*TrackerMessage_Slow)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1508,7 +1448,7 @@ func file_api_v1_tracker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_v1_tracker_proto_rawDesc), len(file_api_v1_tracker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
