@@ -86,6 +86,7 @@ func newStack(n *Node, l net.Listener) (*stack, error) {
 		MaxWait:      cfg.Tracker.MaxWait.Duration(),
 		Members:      func() int { return len(c.Members()) },
 		TakesOver:    func(d digest.Digest) bool { return st.office.isNew(time.Now(), d, c.Self().Name) },
+		Tracks:       func(d digest.Digest) bool { return c.Trackers(d)[0].Name == c.Self().Name },
 		Layout: func(size int64) tracker.Layout {
 			l := swarm.LayoutOf(size)
 			return tracker.Layout{Segments: l.Segments(), SegmentSize: l.SegmentSize, Pieces: l.Pieces}
@@ -188,13 +189,13 @@ func (st *stack) containOrEnd(part string) func(work func()) {
 // follow tells the tracker's clients when the cluster's members have changed,
 // and with them who tracks which blob.
 func (st *stack) follow(ctx context.Context) error {
-	c, warmer := st.cluster, tracker.NewWarmer(st.tracker)
+	warmer := tracker.NewWarmer(st.tracker)
 	defer warmer.Close()
 	meet := sync.OnceFunc(func() { close(st.company) })
 	defer time.AfterFunc(companyGrace, meet).Stop()
 	for {
-		changed := c.Changed()
-		trackers := c.TrackerNodes()
+		changed := st.cluster.Changed()
+		trackers := st.cluster.TrackerNodes()
 		st.office.note(time.Now(), trackers)
 		var addresses []string
 		for _, m := range trackers {
@@ -206,7 +207,7 @@ func (st *stack) follow(ctx context.Context) error {
 		}
 		st.registrar.TrackersChanged()
 		st.tracker.TrackersChanged()
-		st.server.TrackersChanged(func(d digest.Digest) bool { return c.Trackers(d)[0].Name == c.Self().Name })
+		st.server.TrackersChanged()
 		select {
 		case <-ctx.Done():
 			return nil

@@ -21,10 +21,6 @@ func (m *Machine) decide(now time.Time) {
 	}
 	m.release(now)
 	m.askSeeders(now)
-	if now.Before(m.leftUntil) {
-		m.wakeAt(m.leftUntil)
-		return
-	}
 	if slices.ContainsFunc(m.fetchers, func(f *member) bool { return !f.mending }) {
 		m.vacant = time.Time{}
 		m.hedge(now)
@@ -100,8 +96,8 @@ func (m *Machine) supplied(now time.Time) bool {
 
 // fill tells somebody to fetch, now or at the end of a grace.
 func (m *Machine) fill(now time.Time) {
-	if m.expects(now) {
-		m.wakeAt(m.resumeUntil)
+	if until := m.settled(now); now.Before(until) {
+		m.wakeAt(until)
 		return
 	}
 	best := m.candidate(true)
@@ -193,10 +189,7 @@ func (m *Machine) tainting() bool {
 // hedge sends one more member to the registry when all fetchers stand still, or
 // would be long over what another has in no time.
 func (m *Machine) hedge(now time.Time) {
-	still := m.lastTell.Add(m.stall)
-	if m.expects(now) {
-		still = later(still, m.resumeUntil)
-	}
+	still := later(m.lastTell.Add(m.stall), m.settled(now))
 	if !m.small() && m.covered == len(m.segs) {
 		// The members have all that a fetcher would bring, as in supplied.
 		still = later(still, m.progressed.Add(2*m.stall))

@@ -6,7 +6,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc/connectivity"
 
 	api "github.com/imagewolf/imagewolf/api/v1"
@@ -59,10 +58,13 @@ func (m *Machine) resumes(now time.Time) {
 	}
 }
 
-// expects says whether members may yet come over from another tracker, a fetcher
-// among them.
-func (m *Machine) expects(now time.Time) bool {
-	return now.Before(m.resumeUntil) && !m.everyone()
+// settled is when members have come over from another tracker, a fetcher perhaps among
+// them, or have left for another; the zero time if there are none to wait for.
+func (m *Machine) settled(now time.Time) time.Time {
+	if now.Before(m.resumeUntil) && !m.everyone() {
+		return later(m.resumeUntil, m.leftUntil)
+	}
+	return m.leftUntil
 }
 
 // Tracks says whether this is the blob's tracker now, or another is. When it has just
@@ -84,16 +86,18 @@ func (m *Machine) Tracks(now time.Time, here bool) []Command {
 func (m *Machine) everyone() bool { return m.count != nil && len(m.list) >= m.count() }
 
 // TrackersChanged has the blobs with members here know whether this is still their
-// tracker, as tracks says. To be called when membership has changed, and now and then.
-func (s *Server) TrackersChanged(tracks func(d digest.Digest) bool) {
+// tracker. To be called when membership has changed, and now and then.
+func (s *Server) TrackersChanged() {
 	s.mu.Lock()
 	all := slices.Collect(maps.Values(s.blobs))
 	s.mu.Unlock()
 	for _, b := range all {
-		here := tracks(b.digest)
-		b.handle(nil, func(m *Machine, now time.Time) []Command { return m.Tracks(now, here) })
+		b.handle(nil, func(m *Machine, now time.Time) []Command { return m.Tracks(now, b.tracked()) })
 	}
 }
+
+// tracked says whether this is the blob's tracker.
+func (b *blob) tracked() bool { return b.s.o.Tracks == nil || b.s.o.Tracks(b.digest) }
 
 // TrackersChanged has the sessions that are not at their blob's best tracker any
 // more end, with ErrMoved, once that one can be reached; those whose tracker is none

@@ -19,78 +19,79 @@ func TestHandOver(t *testing.T) {
 	for _, c := range []struct {
 		name      string
 		takesOver bool
+		elsewhere bool
 		members   int // of the cluster, 0 unknown
 		lines     string
 	}{
-		{"who takes over waits for those that may come", true, 3, `
+		{"who takes over waits for those that may come", true, false, 3, `
 			0s     join a can            > a wait
 			300ms  join b fetching prefix=1 has=0 resumed > b wait, a seg0*(b)
 			1s     tick`},
-		{"not for long", true, 3, `
+		{"not for long", true, false, 3, `
 			0s     join a can            > a wait
 			499ms  tick
 			500ms  tick                  > a fetch`},
-		{"longer once somebody has come", true, 9, `
+		{"longer once somebody has come", true, false, 9, `
 			0s     join a can            > a wait
 			400ms  join b can resumed    > b wait
 			1.3s   tick
 			1.4s   tick                  > b fetch`},
-		{"not if all are here", true, 2, `
+		{"not if all are here", true, false, 2, `
 			0s     join a can            > a wait
 			100ms  join b can            > b fetch`},
-		{"later comers do not wait again", true, 3, `
+		{"later comers do not wait again", true, false, 3, `
 			0s     join a can whole -can > a wait
 			1s     join b                > b wait
 			1s     status b can
 			3s     tick                  > b fetch`},
-		{"a fetcher that moves is followed, not replaced", false, 0, `
+		{"a fetcher that moves is followed, not replaced", false, false, 0, `
 			0s     join a can            > a fetch
 			1ms    join b can            > b wait
 			10ms   status a fetching -can
 			1s     move a
 			2.9s   tick
 			2.9s   leave b`},
-		{"replaced if nobody follows", false, 0, `
+		{"replaced if nobody follows", false, false, 0, `
 			0s     join a can            > a fetch
 			1ms    join b can            > b wait
 			10ms   status a fetching -can
 			1s     move a
 			2.9s   tick
 			3s     tick                  > b fetch`},
-		{"it may come back", false, 0, `
+		{"it may come back", false, false, 0, `
 			0s     join a can            > a fetch
 			1ms    join b can            > b wait
 			10ms   status a fetching -can
 			1s     move a
 			1.5s   join a fetching prefix=1 resumed > a wait
 			3s     tick`},
-		{"a leecher that moves changes nothing", false, 0, `
+		{"a leecher that moves changes nothing", false, false, 0, `
 			0s     join a can            > a fetch
 			1ms    join b can            > b wait
 			1ms    join c can            > c wait
 			10ms   status a fetching -can
 			1s     move b
 			1.1s   leave a               > c fetch`},
-		{"who moves again and again is not believed", false, 0, `
+		{"who moves again and again is not believed", false, false, 0, `
 			0s     join a fetching       > a wait
 			1ms    join b can            > b wait
 			1s     move a
 			1.5s   join a fetching       > a wait
 			2s     move a
 			3s     tick                  > b fetch`},
-		{"a slow fetcher gets nobody beside it before those that may come have come", true, 9, `
+		{"a slow fetcher gets nobody beside it before those that may come have come", true, false, 9, `
 			0s     join r registry=8 lately=8 > r wait
 			0s     join a fetching prefix=1 inflow=0.1 busy resumed > a wait
 			100ms  join b can            > b wait
 			900ms  join c fetching prefix=1 resumed > c wait
 			2s     tick`},
-		{"and one beside it then", true, 9, `
+		{"and one beside it then", true, false, 9, `
 			0s     join r registry=8 lately=8 > r wait
 			0s     join a fetching prefix=1 inflow=0.1 busy resumed > a wait
 			100ms  join b can            > b wait
 			999ms  tick
 			1s     tick                  > b fetch`},
-		{"who is still here when the blob has another tracker is not sent", false, 0, `
+		{"who is still here when the blob has another tracker is not sent", false, false, 0, `
 			0s     join a can            > a fetch
 			1ms    join b can            > b wait
 			10ms   status a fetching -can
@@ -99,30 +100,48 @@ func TestHandOver(t *testing.T) {
 			2s     elsewhere
 			2.9s   tick
 			3s     tick                  > b fetch`},
-		{"but if that is over", false, 0, `
+		{"but if that is over", false, false, 0, `
 			0s     join a can            > a fetch
 			1ms    join b can            > b wait
 			10ms   status a fetching -can
 			1s     elsewhere
 			1.5s   leave a
 			1.6s   here                  > b fetch`},
-		{"nor is one that stands in for another held up", true, 0, `
+		{"nor is one that stands in for another held up", true, true, 0, `
 			0s     join a can            > a wait
 			100ms  elsewhere
 			499ms  tick
 			500ms  tick                  > a fetch`},
-		{"unless it was the tracker meanwhile", true, 0, `
+		{"but one that is new in office", true, false, 0, `
+			0s     join a can            > a wait
+			100ms  elsewhere
+			2s     tick
+			2.1s   tick                  > a fetch`},
+		{"what else is waited for is waited for meanwhile", false, false, 0, `
+			0s     join a can            > a fetch
+			1ms    join b can            > b wait
+			10ms   status a fetching -can
+			20ms   announce a 0          > b seg0*(a)
+			20ms   announce a 1          > b seg1*(a)
+			20ms   announce a 2          > b seg2*(a)
+			20ms   announce a 3          > b seg3*(a)
+			30ms   join c has=0+1+2+3 whole > c wait, b seg0(c), b seg1(c), b seg2(c), b seg3(c)
+			1s     elsewhere
+			1.5s   leave a
+			5.4s   tick
+			5.5s   tick                  > b fetch`},
+		{"or was the tracker meanwhile", true, true, 0, `
 			0s     join a can            > a wait
 			50ms   here
 			100ms  elsewhere
 			2s     tick
 			2.1s   tick                  > a fetch`},
-		{"a stranger moves nothing", false, 0, `
+		{"a stranger moves nothing", false, false, 0, `
 			0s     join a can            > a fetch
 			1s     move b`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			o := MachineOptions{StallTimeout: testStall, Layout: testLayout, TakesOver: c.takesOver}
+			o := MachineOptions{StallTimeout: testStall, Layout: testLayout, TakesOver: c.takesOver, Elsewhere: c.elsewhere}
 			if c.members > 0 {
 				o.Members = func() int { return c.members }
 			}
@@ -257,19 +276,26 @@ func TestFetcherThatMovesIsNotTakenForDead(t *testing.T) {
 // A tracker that has just become none of a blob's sends none of its members to the registry
 // while they are leaving; those of other blobs it does.
 func TestFormerTrackerSendsNobody(t *testing.T) {
-	for _, here := range []bool{true, false} {
+	for _, c := range []struct{ before, after, held bool }{
+		{true, true, false}, {true, false, true},
+		{false, false, false}, // it stands in for another all the time
+	} {
 		bubble(t, func(t *testing.T, n *testNet) {
-			old := n.serve("t0", nil)
+			tracks := c.before
+			old := n.serve("t0", func(o *ServerOptions) {
+				o.Tracks = func(d digest.Digest) bool { return d != testDigest || tracks }
+			})
 			fetcher := n.join(n.client("a", ""), &api.Status{Fetching: true})
 			leecher := n.join(n.client("b", ""), &api.Status{CanFetch: true})
 			defer leecher.Close()
 			expect(t, leecher, "wait")
-			old.s.TrackersChanged(func(d digest.Digest) bool { return d != testDigest || here })
+			tracks = c.after
+			old.s.TrackersChanged()
 			fetcher.Close()
 			began := time.Now()
 			expect(t, leecher, "fetch")
-			if waited := time.Since(began) >= testStall; waited == here {
-				t.Errorf("it is the tracker: %v; one is sent after %v", here, time.Since(began))
+			if held := time.Since(began) >= testStall; held != c.held {
+				t.Errorf("it was the tracker: %v, and is: %v; one is sent after %v", c.before, c.after, time.Since(began))
 			}
 		})
 	}
@@ -315,15 +341,20 @@ func (mute) Join(stream grpc.BidiStreamingServer[api.MemberMessage, api.TrackerM
 	return nil
 }
 
+// odd serves what is no tracker of ours, over a pipe.
+func (n *testNet) odd(name string, tracker api.TrackerServer) *testServer {
+	odd := &testServer{peer: Peer{name, name}, g: grpc.NewServer(), pipe: bufconn.Listen(1 << 16), cancel: func() {}}
+	api.RegisterTrackerServer(odd.g, tracker)
+	odd.wg.Go(func() { _ = odd.g.Serve(odd.pipe) }) // ends with Stop
+	n.t.Cleanup(odd.kill)
+	n.servers[name] = odd
+	return odd
+}
+
 // A former tracker that hears no goodbye is not waited for.
 func TestSessionLeavesADeafTracker(t *testing.T) {
 	bubble(t, func(t *testing.T, n *testNet) {
-		deaf := &testServer{peer: Peer{"t1", "t1"}, g: grpc.NewServer(), pipe: bufconn.Listen(1 << 16), cancel: func() {}}
-		api.RegisterTrackerServer(deaf.g, mute{})
-		deaf.wg.Go(func() { _ = deaf.g.Serve(deaf.pipe) }) // ends with Stop
-		n.t.Cleanup(deaf.kill)
-		n.servers["t1"] = deaf
-		n.setOrder(deaf.peer)
+		n.setOrder(n.odd("t1", mute{}).peer)
 		c := n.client("a", "")
 		s := n.join(c, nil)
 		defer s.Close()

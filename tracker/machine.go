@@ -120,6 +120,8 @@ type MachineOptions struct {
 	Members func() int
 	// TakesOver says that members may be at another tracker, and on their way here.
 	TakesOver bool
+	// Elsewhere says that another is the blob's tracker, for which this one stands in.
+	Elsewhere bool
 	// Layout cuts a blob of the given size (bytes) into segments.
 	Layout func(size int64) Layout
 }
@@ -205,7 +207,7 @@ func NewMachine(d digest.Digest, size int64, o MachineOptions) *Machine {
 		maxWait: o.MaxWait,
 
 		takesOver: o.TakesOver,
-		here:      !o.TakesOver,
+		here:      !o.Elsewhere,
 		count:     o.Members,
 		hash:      hashString(d.String()),
 		members:   map[string]*member{},

@@ -39,6 +39,8 @@ type ServerOptions struct {
 	// TakesOver says whether this node has just become the blob's tracker, or
 	// stands in for one that others may still be at; nil: never.
 	TakesOver func(d digest.Digest) bool
+	// Tracks says whether this node is the blob's tracker; nil: always.
+	Tracks func(d digest.Digest) bool
 	// Layout cuts a blob of the given size (bytes) into segments. Required.
 	Layout func(size int64) Layout
 	// PeerName is the name that the caller of an RPC has proven; a stream
@@ -395,7 +397,7 @@ func (b *blob) open(name string, size int64) error {
 	if err := b.run(func(*Machine, time.Time) ([]Command, error) {
 		b.machine = NewMachine(b.digest, size, MachineOptions{
 			StallTimeout: b.s.o.StallTimeout, MaxWait: b.s.o.MaxWait, Members: b.s.o.Members, Layout: b.s.o.Layout,
-			TakesOver: b.s.o.TakesOver != nil && b.s.o.TakesOver(b.digest),
+			TakesOver: b.s.o.TakesOver != nil && b.s.o.TakesOver(b.digest), Elsewhere: !b.tracked(),
 		})
 		return nil, nil
 	}); err != nil {
