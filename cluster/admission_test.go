@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -258,7 +259,8 @@ func TestConnectionsAreLookedAt(t *testing.T) {
 	c := dataNode(t, key, "node", "127.0.0.1:1", gossipAddr(t, member).String())
 	start(t, c.Run)
 	awaitMembers(t, c, "member", "node")
-	port := NewDataPort(l, member.o.Identity, member, silent)
+	let := &connections{Membership: member}
+	port := NewDataPort(l, member.o.Identity, let, silent)
 	port.grace = 0
 	start(t, port.Run)
 	greet(t, port)
@@ -288,6 +290,21 @@ func TestConnectionsAreLookedAt(t *testing.T) {
 			return len(x.line.conns) == 2
 		})
 	}
+	if n := let.connected.Load(); n != 2 {
+		t.Errorf("%d connections were of members, want 2", n)
+	}
+}
+
+// connections counts the connections of members.
+type connections struct {
+	Membership
+	connected atomic.Int64
+}
+
+// Connected implements Membership.
+func (c *connections) Connected(conn net.Conn) {
+	c.connected.Add(1)
+	c.Membership.Connected(conn)
 }
 
 // A node connects to one that has not heard of it, and is let in at once.

@@ -74,7 +74,7 @@ type Options struct {
 
 	Resolver Resolver // nil: net.DefaultResolver
 	Log      *slog.Logger
-	// Contain runs what a goroutine that looks for nodes does, and keeps its panic
+	// Contain runs what a goroutine does that looks for nodes or at them, and keeps its panic
 	// from ending the process; nil: nothing does.
 	Contain func(f func())
 }
@@ -237,7 +237,7 @@ func (c *Cluster) Run(ctx context.Context) error {
 	}
 	c.setGossip(ml)
 	var following sync.WaitGroup
-	following.Go(func() { c.follow(ctx, ml) })
+	following.Go(func() { c.o.Contain(func() { c.follow(ctx, ml) }) })
 	c.discover(ctx, ml)
 	following.Wait()
 	c.setGossip(nil)

@@ -147,8 +147,8 @@ func (c *Cluster) follow(ctx context.Context, ml *memberlist.Memberlist) {
 		select {
 		case <-ctx.Done():
 			return
-		case now := <-look.C:
-			if !c.slowLine(now, ml) {
+		case <-look.C:
+			if !c.slowLine(time.Now(), ml) { // a tick may be old
 				continue
 			}
 			c.beSlow(slowFor)

@@ -3,6 +3,7 @@ package cluster
 import (
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -20,8 +21,9 @@ const (
 	// latePeers is with how many others it must be so for the line to be this node's, and
 	// not theirs.
 	latePeers = 2
-	// linePings is how many others are asked, if there are so many, whether it is.
-	linePings = 3
+	// linePings is how many others are asked, if there are so many, whether it is: some may
+	// be gone, and nobody knows yet.
+	linePings = 5
 	// slowFor is how long a node whose line was slow leaves tracking to others: who has
 	// joined a blob is not to wait for what waits in front of that line.
 	slowFor = 5 * time.Minute
@@ -95,32 +97,59 @@ func (l *line) late(now time.Time) []string {
 // slow, or has been cut: several do not confirm what was sent to them, nor do others
 // answer a ping. It is to be called every lineEvery, and waits for the pings.
 func (c *Cluster) slowLine(now time.Time, ml *memberlist.Memberlist) bool {
-	late := c.line.late(now)
-	if len(late) < latePeers {
-		return false
-	}
-	var asked []*memberlist.Node
-	for _, n := range ml.Members() {
-		if n.Name != c.self.Name {
-			asked = append(asked, n)
-		}
-	}
-	rand.Shuffle(len(asked), func(i, k int) { asked[i], asked[k] = asked[k], asked[i] })
-	isLate := func(n *memberlist.Node) bool { return slices.Contains(late, n.Addr.String()) }
-	slices.SortStableFunc(asked, func(a, b *memberlist.Node) int { return compareTrue(isLate(a), isLate(b)) })
-	asked = asked[:min(len(asked), linePings)]
+	asked := c.toAsk(c.line.late(now))
 	answers := make(chan bool, len(asked))
-	for _, n := range asked {
+	for _, m := range asked {
 		go func() {
-			_, err := ml.Ping(n.Name, &net.UDPAddr{IP: n.Addr, Port: int(n.Port)})
-			answers <- err == nil
+			answered := false
+			defer func() { answers <- answered }()
+			c.o.Contain(func() {
+				_, err := ml.Ping(m.name, net.UDPAddrFromAddrPort(m.gossip))
+				answered = err == nil
+			})
 		}()
 	}
-	slow := true
+	slow := len(asked) > 0
 	for range asked {
 		if <-answers {
 			slow = false
 		}
 	}
 	return slow
+}
+
+// asked is a member that is asked whether this node's line is slow.
+type asked struct {
+	name   string
+	gossip netip.AddrPort
+	late   bool
+}
+
+// toAsk returns which members are to be asked whether the line is slow, at random and if
+// possible none that is late; none if those at the hosts that are late are too few.
+func (c *Cluster) toAsk(late []string) []asked {
+	if len(late) < latePeers {
+		return nil
+	}
+	var all []asked
+	hosts := map[netip.Addr]bool{}
+	c.mu.Lock()
+	for name, at := range c.gossip {
+		if name == c.self.Name {
+			continue
+		}
+		data, _, _ := net.SplitHostPort(c.members[name].Address) // New and decodeMeta have checked it
+		is := slices.Contains(late, at.Addr().String()) || slices.Contains(late, data)
+		if is {
+			hosts[at.Addr()] = true
+		}
+		all = append(all, asked{name, at, is})
+	}
+	c.mu.Unlock()
+	if len(hosts) < latePeers {
+		return nil
+	}
+	rand.Shuffle(len(all), func(i, k int) { all[i], all[k] = all[k], all[i] })
+	slices.SortStableFunc(all, func(a, b asked) int { return compareTrue(a.late, b.late) })
+	return all[:min(len(all), linePings)]
 }

@@ -17,8 +17,8 @@ const maxTrackers = 32
 // node that knows the same members computes the same order, and a member that
 // comes or goes moves no other two relative to each other. The key's first
 // choice is first; the next one stands in for it. Slow members come after all others,
-// unless they are more than a third: who says so of others must not thin out those that
-// track.
+// unless they are more than a third: the others are not to track for too many, nor is
+// the order to change all the time where all lines are slow.
 func rank(key string, members []Member) []Member {
 	type weighed struct {
 		weight uint64

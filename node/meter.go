@@ -148,7 +148,8 @@ func (m *meter) rates(now time.Time) (line, registry int64) {
 	return roundUp(l), roundDown(r)
 }
 
-// now returns the bytes per second that come in from peers, averaged over flowSpan, and
+// now returns the bytes per second that come in from peers, averaged over flowSpan and
+// what of a second goes before it, and
 // what registries have sent in the best of the last seconds, rounded down to a power of
 // two.
 func (m *meter) now(now time.Time) (peers float64, registry int64) {
@@ -159,17 +160,18 @@ func (m *meter) now(now time.Time) (peers float64, registry int64) {
 	}
 	var in, best float64
 	last := m.secondsAt(now)
+	first := last - int64(flowSpan/time.Second)
 	for at := last; at > last-meterLately; at-- {
 		s := m.seconds[at%meterSpan]
 		if s.at != at {
 			continue
 		}
 		best = max(best, s.registry)
-		if last-at <= int64(flowSpan/time.Second) {
+		if at >= first {
 			in += s.in - s.registry
 		}
 	}
-	return in / flowSpan.Seconds(), roundDown(best)
+	return in / now.Sub(m.base.Add(time.Duration(first)*time.Second)).Seconds(), roundDown(best)
 }
 
 // roundUp and roundDown return the next power of two; 0 of what is below 1.

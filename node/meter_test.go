@@ -76,7 +76,7 @@ func TestMeterNow(t *testing.T) {
 		after    float64
 		peers    float64
 		registry int64
-	}{{2.99, 1 * mib, 8 * mib}, {8.99, 1.25 * mib, 8 * mib}, {11.5, mib / 3.0, 8 * mib}, {12.5, 0, 0}} {
+	}{{2.99, 1 * mib, 8 * mib}, {8.99, 1 * mib, 8 * mib}, {10.5, mib / 2.5, 8 * mib}, {11.5, 0, 8 * mib}, {12.5, 0, 0}} {
 		peers, registry := m.now(at(c.after))
 		if math.Abs(peers-c.peers) > mib/10 || registry != c.registry {
 			t.Errorf("after %v s: %.2f MiB/s from peers, %d from registries; want %.2f, %d", c.after, peers/mib, registry, c.peers/mib, c.registry)
