@@ -254,18 +254,14 @@ func (s *session) messages() <-chan *apiv1.TrackerMessage {
 // one before, when the session has looked for the stall timeout: all members look for
 // the next at the same moment, and what is on its way comes without one.
 func (s *session) join(ctx context.Context) {
-	self := s.stack.cluster.Self()
-	s.sent = s.status()
-	hello := &apiv1.Hello{
-		Digest: s.digest.String(), Size: s.size, Zone: self.Zone(), Status: s.sent, Resumed: s.resumed,
-		Self: &apiv1.Peer{Name: self.Name, Address: self.Address},
-	}
-	for i := range s.announced {
-		hello.Announced = append(hello.Announced, &apiv1.Announce{Segment: uint32(i), Pieces: s.pieces[i]})
-	}
 	began := time.Now()
-	ts, err := s.stack.tracker.Join(ctx, hello)
+	ts, err := s.stack.tracker.Join(ctx, s.digest, s.hello, func(ts *tracker.Session) {
+		s.tracker = ts
+		s.state, _ = s.content.Watch()
+		s.look(ctx)
+	})
 	if err != nil {
+		s.tracker = nil
 		s.heldUp += max(0, time.Since(began)-s.node.cfg.Tracker.DecideTimeout.Duration())
 		if errors.Is(err, tracker.ErrNoTracker) && s.looked() < s.node.cfg.Tracker.StallTimeout.Duration() {
 			s.log.Debug("no tracker yet", "err", err)
@@ -279,8 +275,16 @@ func (s *session) join(ctx context.Context) {
 	}
 	s.tracker, s.retryAt, s.sentAt, s.resumed = ts, time.Time{}, time.Now(), true
 	s.joined = s.sentAt
-	s.inlineSent = false
-	s.accused = 0
+}
+
+// hello is what the session says first at a tracker: all that it would have said so far.
+func (s *session) hello() *apiv1.Hello {
+	s.sent, s.inlineSent, s.accused = s.status(), false, 0
+	hello := &apiv1.Hello{Size: s.size, Status: s.sent, Resumed: s.resumed}
+	for i := range s.announced {
+		hello.Announced = append(hello.Announced, &apiv1.Announce{Segment: uint32(i), Pieces: s.pieces[i]})
+	}
+	return hello
 }
 
 // looked is for how long the session has looked for a tracker since it lost its last.

@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"log/slog"
 	"net"
@@ -11,6 +12,9 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/test/bufconn"
 
 	apiv1 "github.com/imagewolf/imagewolf/api/v1"
 	"github.com/imagewolf/imagewolf/cluster"
@@ -249,6 +253,75 @@ func silentTracker(t *testing.T, n *Node, st *stack) {
 	}
 	if err := client.Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// hesitant is a tracker that answers once it has heard a status, if it answers at all.
+type hesitant struct {
+	apiv1.UnimplementedTrackerServer
+	answers bool
+	heard   chan *apiv1.MemberMessage
+}
+
+func (h *hesitant) Join(stream grpc.BidiStreamingServer[apiv1.MemberMessage, apiv1.TrackerMessage]) error {
+	for {
+		m, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		h.heard <- m
+		if h.answers && m.GetStatus() != nil {
+			if err := stream.Send(&apiv1.TrackerMessage{Message: &apiv1.TrackerMessage_Wait{Wait: &apiv1.Wait{}}}); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// A session tells what is new while its tracker has yet to answer: where the line is full,
+// that takes seconds. It is without one if there is no answer.
+func TestTellsBeforeTheAnswer(t *testing.T) {
+	st := alone(t)
+	for _, answers := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			pipe, srv := bufconn.Listen(1<<16), grpc.NewServer()
+			h := &hesitant{answers: answers, heard: make(chan *apiv1.MemberMessage, 100)}
+			apiv1.RegisterTrackerServer(srv, h)
+			served := make(chan error, 1)
+			go func() { served <- srv.Serve(pipe) }()
+			client := tracker.NewClient(tracker.ClientOptions{
+				Self: tracker.Peer{Name: "a", Address: "a:1"}, Reach: time.Second,
+				Trackers: func(digest.Digest) []tracker.Peer { return []tracker.Peer{{Name: "t", Address: "t:1"}} },
+				Dial: func(context.Context, string) (*grpc.ClientConn, error) {
+					return grpc.NewClient("passthrough:///t", grpc.WithTransportCredentials(insecure.NewCredentials()),
+						grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return pipe.DialContext(ctx) }))
+				},
+			})
+			s, content := newTold(t, &stack{cluster: st.cluster, tracker: client}, inlineLimit)
+			s.state, _ = content.Watch()
+			content.state.Present = 100
+			s.join(t.Context())
+			if has := s.tracker != nil; has != answers {
+				t.Errorf("the tracker answers: %v; the session has one: %v", answers, has)
+			}
+			s.leave()
+			if err := client.Close(); err != nil {
+				t.Error(err)
+			}
+			srv.Stop()
+			if err := <-served; err != nil {
+				t.Error(err)
+			}
+			if got := (<-h.heard).GetHello(); got.GetDigest() != s.digest.String() || got.GetSize() != inlineLimit || got.GetStatus().GetPresent() != 0 {
+				t.Errorf("says %v at first", got)
+			}
+			if got := (<-h.heard).GetStatus(); got.GetPresent() != 100 {
+				t.Errorf("then says %v, and 100 bytes have come", got)
+			}
+			if n := len(h.heard); n != 0 {
+				t.Errorf("says %d things more, and nothing is new", n)
+			}
+		})
 	}
 }
 

@@ -16,7 +16,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 
 	api "github.com/imagewolf/imagewolf/api/v1"
 )
@@ -131,12 +130,18 @@ func (c *Client) open() []*Session {
 	return slices.Collect(maps.Keys(c.sessions))
 }
 
-// Join makes this node a member of the blob that hello names, at its best
+// Join makes this node a member of a blob, at its best
 // tracker that answers before ctx ends and within Reach or Answer (see
-// [ClientOptions]); ctx does not bound the session. Self and zone are filled in.
+// [ClientOptions]); ctx does not bound the session. Digest, self and zone of hello are filled in.
 // The error is ErrNoTracker when none answers, or the refusal of the one that did
 // (as a gRPC status). The caller must Close the session.
-func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
+//
+// hello is called anew for each tracker that is tried. waiting, unless nil, is called now
+// and then with a session whose tracker has yet to answer, so that it need not wait for
+// what there is to tell: on a line that is full one way, the answer takes seconds.
+// Recv of such a session is not to be used, and it is over if Join does not return it.
+// Both are called from the goroutine of Join.
+func (c *Client) Join(ctx context.Context, d digest.Digest, hello func() *api.Hello, waiting func(*Session)) (*Session, error) {
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
@@ -146,10 +151,6 @@ func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
 	c.mu.Unlock()
 	defer c.joins.Done()
 
-	d := digest.Digest(hello.GetDigest())
-	hello = proto.CloneOf(hello)
-	hello.Self = &api.Peer{Name: c.o.Self.Name, Address: c.o.Self.Address}
-	hello.Zone = c.o.Zone
 	trackers := c.inOrder(d)
 	failure := ErrNoTracker
 	answer, cancel := within(ctx, c.o.Answer)
@@ -167,7 +168,9 @@ func (c *Client) Join(ctx context.Context, hello *api.Hello) (*Session, error) {
 		if window.Err() != nil {
 			continue
 		}
-		s, err := c.try(window, t, hello, limit)
+		h := hello()
+		h.Digest, h.Zone, h.Self = d.String(), c.o.Zone, &api.Peer{Name: c.o.Self.Name, Address: c.o.Self.Address}
+		s, err := c.try(window, t, h, limit, waiting)
 		if err == nil {
 			for _, l := range late {
 				c.reach(l)
@@ -258,7 +261,7 @@ func share(window context.Context, others int) time.Duration {
 }
 
 // try joins at one tracker, before ctx ends and within limit, 0 for none.
-func (c *Client) try(ctx context.Context, t Peer, hello *api.Hello, limit time.Duration) (*Session, error) {
+func (c *Client) try(ctx context.Context, t Peer, hello *api.Hello, limit time.Duration, waiting func(*Session)) (*Session, error) {
 	first, cancel := within(ctx, limit)
 	defer cancel()
 	s, err := c.newSession(first, t, digest.Digest(hello.GetDigest()))
@@ -267,7 +270,7 @@ func (c *Client) try(ctx context.Context, t Peer, hello *api.Hello, limit time.D
 	}
 	// Until the first answer the attempt's time bounds the stream, too.
 	stop := context.AfterFunc(first, s.cancel)
-	err = s.start(first, hello)
+	err = s.start(first, hello, waiting)
 	if err == nil && !stop() {
 		err = fmt.Errorf("no answer in time: %w", context.Cause(first))
 	}
@@ -290,9 +293,9 @@ func (c *Client) newSession(ctx context.Context, t Peer, d digest.Digest) (*Sess
 	}
 	s := &Session{
 		c: c, tracker: t, digest: d, conn: conn, release: release,
-		out:  newOutbox[*api.MemberMessage](sessionQueue),
-		recv: make(chan *api.TrackerMessage, received),
-		over: make(chan struct{}),
+		out:   newOutbox[*api.MemberMessage](sessionQueue),
+		recv:  make(chan *api.TrackerMessage, received),
+		begun: make(chan struct{}), over: make(chan struct{}),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	c.mu.Lock()

@@ -7,6 +7,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -23,7 +24,7 @@ func TestJoinTriesTheNextAndRemembers(t *testing.T) {
 			start := time.Now()
 			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 			defer cancel()
-			s, err := c.Join(ctx, hello)
+			s, err := c.Join(ctx, testDigest, says(hello), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -33,7 +34,7 @@ func TestJoinTriesTheNextAndRemembers(t *testing.T) {
 			s.Close()
 			return time.Since(start)
 		}
-		hello := &api.Hello{Digest: testDigest.String(), Size: testSize}
+		hello := &api.Hello{Size: testSize}
 		if took := timed(hello); took != 150*time.Millisecond {
 			t.Errorf("the first join took %v", took)
 		}
@@ -78,15 +79,15 @@ func TestRestartedTracker(t *testing.T) {
 func TestJoinWithoutTracker(t *testing.T) {
 	bubble(t, func(t *testing.T, n *testNet) {
 		c := n.client("a", "")
-		hello := &api.Hello{Digest: testDigest.String(), Size: testSize}
-		if _, err := c.Join(t.Context(), hello); !errors.Is(err, ErrNoTracker) {
+		hello := &api.Hello{Size: testSize}
+		if _, err := c.Join(t.Context(), testDigest, says(hello), nil); !errors.Is(err, ErrNoTracker) {
 			t.Errorf("no trackers: %v", err)
 		}
 		n.setOrder(Peer{"t0", "t0"}, Peer{"t1", "t1"})
 		start := time.Now()
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		defer cancel()
-		if _, err := c.Join(ctx, hello); !errors.Is(err, ErrNoTracker) {
+		if _, err := c.Join(ctx, testDigest, says(hello), nil); !errors.Is(err, ErrNoTracker) {
 			t.Errorf("dead trackers: %v", err)
 		}
 		if took := time.Since(start); took > 300*time.Millisecond {
@@ -135,7 +136,7 @@ func TestSlowTracker(t *testing.T) {
 			n.setOrder(tc.order...)
 			takes = tc.takes
 			start := time.Now()
-			s, err := c.Join(t.Context(), &api.Hello{Digest: testDigest.String(), Size: testSize})
+			s, err := c.Join(t.Context(), testDigest, says(&api.Hello{Size: testSize}), nil)
 			if (err == nil) != tc.joined || err != nil && !errors.Is(err, ErrNoTracker) {
 				t.Errorf("%s: %v", tc.name, err)
 			}
@@ -156,7 +157,7 @@ func TestRefusalIsFinal(t *testing.T) {
 			o.PeerName = func(context.Context) (string, bool) { return "b", true }
 		})
 		n.serve("t1", nil)
-		_, err := n.client("a", "").Join(t.Context(), &api.Hello{Digest: testDigest.String(), Size: testSize})
+		_, err := n.client("a", "").Join(t.Context(), testDigest, says(&api.Hello{Size: testSize}), nil)
 		if status.Code(err) != codes.PermissionDenied {
 			t.Errorf("got %v", err)
 		}
@@ -234,8 +235,72 @@ func TestClosedClient(t *testing.T) {
 		if !errors.Is(s.Err(), ErrClosed) {
 			t.Errorf("session: %v", s.Err())
 		}
-		if _, err := c.Join(t.Context(), &api.Hello{}); !errors.Is(err, ErrClosed) {
+		if _, err := c.Join(t.Context(), testDigest, says(&api.Hello{}), nil); !errors.Is(err, ErrClosed) {
 			t.Errorf("join: %v", err)
+		}
+	})
+}
+
+// late answers a member after so many messages, and notes all of them.
+type late struct {
+	api.UnimplementedTrackerServer
+	after int
+	heard chan *api.MemberMessage
+}
+
+func (l *late) Join(stream grpc.BidiStreamingServer[api.MemberMessage, api.TrackerMessage]) error {
+	for n := 1; ; n++ {
+		m, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		l.heard <- m
+		if n == l.after {
+			if err := stream.Send(waitFor("").Msg); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// While a tracker has yet to answer, it is told what is new; and the next that is tried is
+// told all at once.
+func TestTellsWhileUnanswered(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		never, slow := &late{heard: make(chan *api.MemberMessage, 100)}, &late{after: 3, heard: make(chan *api.MemberMessage, 100)}
+		n.setOrder(n.odd("t0", never).peer, n.odd("t1", slow).peer)
+		c := n.client("a", "")
+		present := int64(0)
+		hello := func() *api.Hello { return &api.Hello{Size: testSize, Status: &api.Status{Present: present}} }
+		ctx, cancel := context.WithTimeout(t.Context(), 1900*time.Millisecond) // no tick at the moment when t0 is given up
+		defer cancel()
+		s, err := c.Join(ctx, testDigest, hello, func(s *Session) {
+			present++
+			if err := s.Send(&api.MemberMessage{Message: &api.MemberMessage_Status{Status: &api.Status{Present: present}}}); err != nil {
+				t.Error(err)
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		expect(t, s, "wait")
+		want := int64(0) // each goes on where the one before ended
+		for _, l := range []*late{never, slow} {
+			first := <-l.heard
+			if got := first.GetHello().GetStatus().GetPresent(); got != want || first.GetHello().GetDigest() != testDigest.String() {
+				t.Errorf("hello of %v", first)
+			}
+			n := len(l.heard)
+			if n < 2 {
+				t.Errorf("%d are told before the answer, want two at least", n)
+			}
+			for range n {
+				want++
+				if got := (<-l.heard).GetStatus().GetPresent(); got != want {
+					t.Errorf("told %d, want %d", got, want)
+				}
+			}
 		}
 	})
 }

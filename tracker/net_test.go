@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 
 	api "github.com/imagewolf/imagewolf/api/v1"
 )
@@ -138,12 +139,17 @@ func (n *testNet) client(name, zone string) *Client {
 	return c
 }
 
+// says is a member that says the same everywhere.
+func says(h *api.Hello) func() *api.Hello {
+	return func() *api.Hello { return proto.CloneOf(h) }
+}
+
 // join joins the test blob.
 func (n *testNet) join(c *Client, st *api.Status) *Session {
 	n.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	s, err := c.Join(ctx, &api.Hello{Digest: testDigest.String(), Size: testSize, Status: st})
+	s, err := c.Join(ctx, testDigest, says(&api.Hello{Size: testSize, Status: st}), nil)
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -243,12 +249,12 @@ func (w *world) look(name string) (ready []int, whole, everyone bool) {
 func (w *world) pull(ctx context.Context, c *Client, log func(string)) error {
 	name := c.o.Self.Name
 	st := &api.Status{CanFetch: true}
-	hello := &api.Hello{Digest: testDigest.String(), Size: testSize}
+	hello := &api.Hello{Size: testSize}
 	for {
 		hello.Status = &api.Status{
 			CanFetch: st.CanFetch, Fetching: st.Fetching, Prefix: st.Prefix, Present: st.Present,
 		}
-		s, err := c.Join(ctx, hello)
+		s, err := c.Join(ctx, testDigest, says(hello), nil)
 		if err != nil {
 			return err
 		}

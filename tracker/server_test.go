@@ -308,9 +308,9 @@ func TestSeederIsAskedAndServes(t *testing.T) {
 		expect(t, a, "seg0*(s)")
 
 		// The size that a member gives counts, not the seeder's.
-		b, err := n.client("b", "").Join(t.Context(), &api.Hello{
-			Digest: digest.FromString("of another size").String(), Size: testSize, Status: &api.Status{CanFetch: true},
-		})
+		b, err := n.client("b", "").Join(t.Context(), digest.FromString("of another size"), says(&api.Hello{
+			Size: testSize, Status: &api.Status{CanFetch: true},
+		}), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -422,7 +422,7 @@ func TestServerEndsItsStreams(t *testing.T) {
 		if status.Code(s.Err()) != codes.Unavailable {
 			t.Errorf("session over: %v", s.Err())
 		}
-		if _, err := c.Join(t.Context(), &api.Hello{Digest: testDigest.String(), Size: 1}); err == nil {
+		if _, err := c.Join(t.Context(), testDigest, says(&api.Hello{Size: 1}), nil); err == nil {
 			t.Error("a closed tracker takes members")
 		}
 	})

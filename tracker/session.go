@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
@@ -28,6 +29,7 @@ type Session struct {
 	out    *outbox[*api.MemberMessage]
 	recv   chan *api.TrackerMessage // closed by receive
 	wg     sync.WaitGroup           // send and receive
+	begun  chan struct{}            // closed by receive at the first answer
 	over   chan struct{}            // closed when err is final
 	once   sync.Once
 	err    error // guarded by over
@@ -87,8 +89,13 @@ func (s *Session) fail(err error) {
 	})
 }
 
-// start opens the stream, says hello and waits for the first answer.
-func (s *Session) start(ctx context.Context, hello *api.Hello) error {
+// tellEvery is how often a session that has yet to be answered is asked what there is to
+// tell.
+const tellEvery = 200 * time.Millisecond
+
+// start opens the stream, says hello and waits for the first answer; see Join. The
+// session is to be closed if it fails.
+func (s *Session) start(ctx context.Context, hello *api.Hello, waiting func(*Session)) error {
 	stream, err := api.NewTrackerClient(s.conn).Join(s.ctx)
 	if err != nil {
 		return attemptError(ctx, err)
@@ -96,11 +103,6 @@ func (s *Session) start(ctx context.Context, hello *api.Hello) error {
 	if err := stream.Send(&api.MemberMessage{Message: &api.MemberMessage_Hello{Hello: hello}}); err != nil && !errors.Is(err, io.EOF) {
 		return attemptError(ctx, err) // at EOF Recv has the reason
 	}
-	first, err := stream.Recv()
-	if err != nil {
-		return attemptError(ctx, err)
-	}
-	s.recv <- first // there is room
 	s.wg.Go(func() {
 		s.c.o.Contain(func() {
 			if err := s.out.drain(s.ctx, stream.Send); err != nil && s.ctx.Err() == nil && !errors.Is(err, io.EOF) {
@@ -110,7 +112,26 @@ func (s *Session) start(ctx context.Context, hello *api.Hello) error {
 		})
 	})
 	s.wg.Go(func() { s.c.o.Contain(func() { s.receive(stream) }) })
-	return nil
+	tick := time.NewTicker(tellEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.begun:
+			return nil
+		case <-s.ctx.Done(): // also when the stream is over, which receive has said before
+			select {
+			case <-s.begun:
+				return nil
+			default:
+			}
+			s.fail(s.ctx.Err())
+			return attemptError(ctx, s.err)
+		case <-tick.C:
+			if waiting != nil {
+				waiting(s)
+			}
+		}
+	}
 }
 
 // attemptError prefers the end of the attempt's time to what came of it.
@@ -125,6 +146,7 @@ func attemptError(ctx context.Context, err error) error {
 func (s *Session) receive(stream api.Tracker_JoinClient) {
 	defer close(s.recv)
 	defer s.cancel() // ends send
+	begin := sync.OnceFunc(func() { close(s.begun) })
 	for {
 		msg, err := stream.Recv()
 		if err != nil {
@@ -136,6 +158,7 @@ func (s *Session) receive(stream api.Tracker_JoinClient) {
 		}
 		select {
 		case s.recv <- msg:
+			begin()
 		case <-s.ctx.Done():
 			s.fail(s.ctx.Err())
 			return

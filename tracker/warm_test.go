@@ -57,7 +57,7 @@ func TestReachedAgain(t *testing.T) {
 			t.Helper()
 			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 			defer cancel()
-			s, err := c.Join(ctx, &api.Hello{Digest: testDigest.String(), Size: testSize})
+			s, err := c.Join(ctx, testDigest, says(&api.Hello{Size: testSize}), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
