@@ -23,17 +23,22 @@ func (s *session) look(ctx context.Context) {
 		s.log.Warn("the store has thrown away what was here of the blob")
 		s.restart(ctx)
 	}
-	s.progress(now)
-	s.node.book.fetching(s.digest, s.state.Writing > 0 && !s.state.Whole)
 	s.resume()
-	s.offer()
-	s.sendInline()
+	s.news(now)
 	s.accuse()
 	s.tell(now)
 	if s.tracker == nil && !s.retryAt.IsZero() && now.After(s.retryAt) {
 		s.join(ctx)
 	}
 	s.patience(now)
+}
+
+// news notes what has come of the blob, and hands on what of it is whole.
+func (s *session) news(now time.Time) {
+	s.progress(now)
+	s.node.book.fetching(s.digest, s.state.Writing > 0 && !s.state.Whole)
+	s.offer()
+	s.sendInline()
 }
 
 // progress notes when the last new byte came and what it was worth.
@@ -123,6 +128,7 @@ func (s *session) offered(o offerResult) {
 	if o.err != nil {
 		s.log.Warn("segment cannot be seeded", "segment", o.segment, "err", o.err)
 		s.announced[o.segment] = true // not told, and not tried in a circle
+		delete(s.pieces, o.segment)
 		return
 	}
 	s.announced[o.segment] = true
@@ -178,13 +184,14 @@ func (s *session) status() *apiv1.Status {
 			inflow = roundUp(others + peers)
 		}
 	}
+	self, _ := s.stack.cluster.Member(s.stack.cluster.Self().Name)
 	return &apiv1.Status{
 		Prefix: s.state.Prefix, Present: s.state.Present,
 		CanFetch: s.state.Waiting > 0, Fetching: fetching,
 		Whole: s.state.Whole, Load: load, Rank: rank, Retracted: uint32(s.retracted),
 		Line: line, Registry: registry, Inflow: inflow, Lately: lately,
-		Receiving: receiving,
-		Busy:      receiving || s.node.book.busy(s.digest, now) || s.receives(now),
+		Receiving: receiving, Slow: self.Slow,
+		Busy: receiving || s.node.book.busy(s.digest, now) || s.receives(now),
 	}
 }
 
@@ -212,6 +219,7 @@ func (s *session) tell(now time.Time) {
 	only.Prefix, only.Present, only.Load, only.Rank = s.sent.GetPrefix(), s.sent.GetPresent(), s.sent.GetLoad(), s.sent.GetRank()
 	only.Busy, only.Line, only.Registry = s.sent.GetBusy(), s.sent.GetLine(), s.sent.GetRegistry()
 	only.Receiving, only.Inflow, only.Lately = s.sent.GetReceiving(), s.sent.GetInflow(), s.sent.GetLately()
+	only.Slow = s.sent.GetSlow()
 	if proto.Equal(only, s.sent) && now.Sub(s.sentAt) < statusEvery {
 		return
 	}

@@ -255,11 +255,7 @@ func (s *session) messages() <-chan *apiv1.TrackerMessage {
 // the next at the same moment, and what is on its way comes without one.
 func (s *session) join(ctx context.Context) {
 	began := time.Now()
-	ts, err := s.stack.tracker.Join(ctx, s.digest, s.hello, func(ts *tracker.Session) {
-		s.tracker = ts
-		s.state, _ = s.content.Watch()
-		s.look(ctx)
-	})
+	ts, err := s.stack.tracker.Join(ctx, s.digest, s.hello, s.unanswered)
 	if err != nil {
 		s.tracker = nil
 		s.heldUp += max(0, time.Since(began)-s.node.cfg.Tracker.DecideTimeout.Duration())
@@ -279,12 +275,37 @@ func (s *session) join(ctx context.Context) {
 
 // hello is what the session says first at a tracker: all that it would have said so far.
 func (s *session) hello() *apiv1.Hello {
+	s.state, _ = s.content.Watch()
 	s.sent, s.inlineSent, s.accused = s.status(), false, 0
 	hello := &apiv1.Hello{Size: s.size, Status: s.sent, Resumed: s.resumed}
 	for i := range s.announced {
-		hello.Announced = append(hello.Announced, &apiv1.Announce{Segment: uint32(i), Pieces: s.pieces[i]})
+		if p := s.pieces[i]; p != nil {
+			hello.Announced = append(hello.Announced, &apiv1.Announce{Segment: uint32(i), Pieces: p})
+		}
 	}
 	return hello
+}
+
+// unanswered tells a tracker that has yet to answer what is new. What must not be lost, or
+// asks for something, is for the one that does answer.
+func (s *session) unanswered(ts *tracker.Session) {
+	s.tracker = ts
+	state, _ := s.content.Watch()
+	if state.Failed != s.failed || state.Present < s.seen.Present {
+		return
+	}
+	s.state = state
+	for more := true; more; {
+		select {
+		case o := <-s.offers.results():
+			s.offered(o)
+		default:
+			more = false
+		}
+	}
+	now := time.Now()
+	s.news(now)
+	s.tell(now)
 }
 
 // looked is for how long the session has looked for a tracker since it lost its last.

@@ -278,11 +278,29 @@ func (h *hesitant) Join(stream grpc.BidiStreamingServer[apiv1.MemberMessage, api
 	}
 }
 
+// growing is content that has become something else at the second look.
+type growing struct {
+	*strict
+	looks int
+	then  store.State
+}
+
+func (g *growing) Watch() (store.State, <-chan struct{}) {
+	if g.looks++; g.looks > 1 {
+		return g.then, nil
+	}
+	return g.strict.Watch()
+}
+
 // A session tells what is new while its tracker has yet to answer: where the line is full,
-// that takes seconds. It is without one if there is no answer.
+// that takes seconds. It is without one if there is no answer. That the blob is wrong it
+// tells only where it is answered.
 func TestTellsBeforeTheAnswer(t *testing.T) {
 	st := alone(t)
-	for _, answers := range []bool{true, false} {
+	for _, c := range []struct {
+		answers, wrong bool
+	}{{true, false}, {false, false}, {false, true}} {
+		answers := c.answers
 		synctest.Test(t, func(t *testing.T) {
 			pipe, srv := bufconn.Listen(1<<16), grpc.NewServer()
 			h := &hesitant{answers: answers, heard: make(chan *apiv1.MemberMessage, 100)}
@@ -298,8 +316,12 @@ func TestTellsBeforeTheAnswer(t *testing.T) {
 				},
 			})
 			s, content := newTold(t, &stack{cluster: st.cluster, tracker: client}, inlineLimit)
-			s.state, _ = content.Watch()
-			content.state.Present = 100
+			then := store.State{Waiting: 1, Present: 100}
+			if c.wrong {
+				then = store.State{Waiting: 1, Failed: 1}
+			}
+			s.content = &growing{strict: content, then: then}
+			s.announced[0], s.announced[1], s.pieces[1] = true, true, []byte{1} // 0 could not be offered
 			s.join(t.Context())
 			if has := s.tracker != nil; has != answers {
 				t.Errorf("the tracker answers: %v; the session has one: %v", answers, has)
@@ -312,8 +334,15 @@ func TestTellsBeforeTheAnswer(t *testing.T) {
 			if err := <-served; err != nil {
 				t.Error(err)
 			}
-			if got := (<-h.heard).GetHello(); got.GetDigest() != s.digest.String() || got.GetSize() != inlineLimit || got.GetStatus().GetPresent() != 0 {
+			if got := (<-h.heard).GetHello(); got.GetDigest() != s.digest.String() || got.GetSize() != inlineLimit || got.GetStatus().GetPresent() != 0 ||
+				len(got.GetAnnounced()) != 1 || got.GetAnnounced()[0].GetSegment() != 1 {
 				t.Errorf("says %v at first", got)
+			}
+			if c.wrong {
+				if n := len(h.heard); n != 0 || s.failed != 0 {
+					t.Errorf("says %d things more, and has told %d times that the blob is wrong", n, s.failed)
+				}
+				return
 			}
 			if got := (<-h.heard).GetStatus(); got.GetPresent() != 100 {
 				t.Errorf("then says %v, and 100 bytes have come", got)

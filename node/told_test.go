@@ -245,6 +245,7 @@ func TestToldTooMuch(t *testing.T) {
 // A node says what comes in now while it fetches and its bytes come slowly, and what
 // registries have sent it just now.
 func TestSaysHowFast(t *testing.T) {
+	lone := alone(t)
 	synctest.Test(t, func(t *testing.T) {
 		var received uint64
 		cfg := config.Default()
@@ -255,7 +256,7 @@ func TestSaysHowFast(t *testing.T) {
 			}},
 		}
 		n.meter.received(8*mib, true, time.Now(), time.Now().Add(time.Second))
-		s := newSession(n, &stack{}, "sha256:00", mib, &strict{size: mib})
+		s := newSession(n, lone, "sha256:00", mib, &strict{size: mib})
 		s.state = store.State{Writing: 1}
 		s.metered.broughtAt = time.Now()
 		var st *apiv1.Status
@@ -263,6 +264,9 @@ func TestSaysHowFast(t *testing.T) {
 			time.Sleep(sampleEvery)
 			received += 50 << 10
 			st = s.status()
+		}
+		if st.GetSlow() {
+			t.Error("says that it is slow")
 		}
 		if st.GetInflow() != 128<<10 || st.GetLately() != 8*mib || !st.GetReceiving() {
 			t.Errorf("fetching slowly: %v", st)

@@ -151,7 +151,8 @@ func (c *Client) Join(ctx context.Context, d digest.Digest, hello func() *api.He
 	c.mu.Unlock()
 	defer c.joins.Done()
 
-	trackers := c.inOrder(d)
+	ranked := c.o.Trackers(d)
+	trackers := c.inOrder(ranked)
 	failure := ErrNoTracker
 	answer, cancel := within(ctx, c.o.Answer)
 	defer cancel()
@@ -174,6 +175,10 @@ func (c *Client) Join(ctx context.Context, d digest.Digest, hello func() *api.He
 		if err == nil {
 			for _, l := range late {
 				c.reach(l)
+			}
+			// Those that had joined are told to move when the order changes.
+			if now := c.o.Trackers(d); len(now) > 0 && now[0] != ranked[0] {
+				c.reach(now[0])
 			}
 			return s, nil
 		}
@@ -205,10 +210,9 @@ func within(ctx context.Context, d time.Duration) (context.Context, context.Canc
 	return context.WithTimeout(ctx, d)
 }
 
-// inOrder is the blob's trackers, best first, those that were silent a moment
+// inOrder is a blob's trackers, best first, those that were silent a moment
 // ago last.
-func (c *Client) inOrder(d digest.Digest) []Peer {
-	all := c.o.Trackers(d)
+func (c *Client) inOrder(all []Peer) []Peer {
 	good, bad := make([]Peer, 0, len(all)), []Peer(nil)
 	for _, t := range all {
 		if c.avoided(t) {

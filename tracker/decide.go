@@ -223,7 +223,7 @@ func (m *Machine) hedge(now time.Time) {
 	if best == nil {
 		best = m.candidate(false)
 	}
-	if now.Before(still) && (best == nil || m.slow(best) || best.lags) {
+	if now.Before(still) && (best == nil || m.behind(best)) {
 		m.wakeAt(still)
 		return
 	}

@@ -251,6 +251,32 @@ func TestSessionMovesOnlyWhereItIsAnswered(t *testing.T) {
 	})
 }
 
+// Nor does one stay that was about to join when the trackers changed.
+func TestTrackersChangeWhileJoining(t *testing.T) {
+	bubble(t, func(t *testing.T, n *testNet) {
+		old, better := n.odd("t1", &late{after: 2, heard: make(chan *api.MemberMessage, 100)}), n.serve("t0", nil)
+		n.setOrder(old.peer, better.peer)
+		c := n.client("a", "")
+		s, err := c.Join(t.Context(), testDigest, says(&api.Hello{Size: testSize}), func(s *Session) {
+			n.setOrder(better.peer, old.peer)
+			c.TrackersChanged()
+			if err := s.Send(&api.MemberMessage{Message: &api.MemberMessage_Status{Status: &api.Status{}}}); err != nil {
+				t.Error(err)
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		began := time.Now()
+		for range s.Recv() {
+		}
+		if !errors.Is(s.Err(), ErrMoved) || time.Since(began) > goodbyeTime {
+			t.Errorf("over after %v: %v", time.Since(began), s.Err())
+		}
+	})
+}
+
 // The tracker that a fetcher leaves for another knows that it lives on.
 func TestFetcherThatMovesIsNotTakenForDead(t *testing.T) {
 	bubble(t, func(t *testing.T, n *testNet) {

@@ -169,7 +169,7 @@ func (s *script) event(now time.Time, f []string) []Command {
 	return s.m.Message(now, name, msg)
 }
 
-// status applies words to a status: can, fetching, busy, whole (each negated by a
+// status applies words to a status: can, fetching, busy, slow, whole (each negated by a
 // leading -), prefix= and present= in MiB, line= and registry= in MiB/s, load=,
 // rank=, retracted=; and to a hello:
 // zone=, resumed, has=0+1+2.
@@ -185,6 +185,8 @@ func (s *script) status(st *api.Status, words []string, h *api.Hello) {
 			st.Fetching = on
 		case "busy":
 			st.Busy = on
+		case "slow":
+			st.Slow = on
 		case "whole":
 			st.Whole = on
 		case "prefix":

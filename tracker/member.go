@@ -58,27 +58,28 @@ type member struct {
 	// before it has does not count.
 	retracts uint32
 
-	chosen  int           // times it was first hop or a zone's entry
-	told    time.Time     // when it was told to fetch; zero once it is known to, or not to
-	losses  int           // times it had fewer bytes than before
-	suspect bool          // it has bytes by hashes that another member found wrong
-	took    []string      // authors of hashes that were current, by which it may have bytes; maxTook at most
-	anew    bool          // it threw away all it had when it last reported wrong bytes or hashes
-	mending bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones
-	proven  bool          // another has had a segment from it
-	idle    bool          // it was named for not fetching
-	vain    bool          // its zone waited for it, while it said that it gets bytes, for as long as it may; until it has a segment more
-	tells   int           // times it was told in vain
-	sent    bool          // it was told to fetch, and has not thrown away what it brought
-	crept   bool          // its line was slow until it was through with fetching the blob
-	lags    bool          // as first hop it was overtaken by others, until it has a segment in time
-	slow    time.Time     // since when it is known to be a slow fetcher; zero if it is not
-	from    int64         // bytes from 0 on that it had when it became fetcher
-	moved   time.Time     // when it last had more bytes, or became fetcher
-	gap     time.Duration // between the last moves of a fetcher; 0 before its first byte
-	heard   time.Time     // when it joined or last brought something for the others
-	nudged  time.Time
-	asked   time.Time
+	chosen   int           // times it was first hop or a zone's entry
+	told     time.Time     // when it was told to fetch; zero once it is known to, or not to
+	losses   int           // times it had fewer bytes than before
+	suspect  bool          // it has bytes by hashes that another member found wrong
+	took     []string      // authors of hashes that were current, by which it may have bytes; maxTook at most
+	anew     bool          // it threw away all it had when it last reported wrong bytes or hashes
+	mending  bool          // a fetcher that went on behind wrong bytes, and now waits for the right ones
+	proven   bool          // another has had a segment from it
+	idle     bool          // it was named for not fetching
+	vain     bool          // its zone waited for it, while it said that it gets bytes, for as long as it may; until it has a segment more
+	tells    int           // times it was told in vain
+	sent     bool          // it was told to fetch, and has not thrown away what it brought
+	saysSlow bool          // it has found its line slow, whatever else is known of that
+	crept    bool          // its line was slow until it was through with fetching the blob
+	lags     bool          // as first hop it was overtaken by others, until it has a segment in time
+	slow     time.Time     // since when it is known to be a slow fetcher; zero if it is not
+	from     int64         // bytes from 0 on that it had when it became fetcher
+	moved    time.Time     // when it last had more bytes, or became fetcher
+	gap      time.Duration // between the last moves of a fetcher; 0 before its first byte
+	heard    time.Time     // when it joined or last brought something for the others
+	nudged   time.Time
+	asked    time.Time
 }
 
 // seeder is a node that has registered the whole blob.
@@ -135,7 +136,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		}
 	}
 	changed := x.class == gone || x.canFetch != s.GetCanFetch() || x.fetching != s.GetFetching() ||
-		x.line != s.GetLine() || x.registry != s.GetRegistry() || x.inflow != s.GetInflow() || x.lately != s.GetLately() ||
+		x.line != s.GetLine() || x.registry != s.GetRegistry() || x.inflow != s.GetInflow() || x.lately != s.GetLately() || x.saysSlow != s.GetSlow() ||
 		x.whole != s.GetWhole() || x.load != s.GetLoad() || x.busy != s.GetBusy() || x.receiving != s.GetReceiving() || (x.present < m.size) != (present < m.size) ||
 		(!m.vacant.IsZero() && prefix > x.prefix && prefix >= m.reach(x))
 	if s.GetWhole() && !x.whole {
@@ -173,6 +174,7 @@ func (m *Machine) apply(now time.Time, x *member, s *api.Status) bool {
 		m.latest = latest{}
 	}
 	x.line, x.registry, x.inflow, x.lately = s.GetLine(), s.GetRegistry(), max(s.GetInflow(), 0), max(s.GetLately(), 0)
+	x.saysSlow = s.GetSlow()
 	m.fastest = max(m.fastest, x.registry)
 	if x.busy {
 		x.busyAt = now

@@ -33,13 +33,14 @@ func (m *Machine) slowLine(x *member) bool { return x.line > 0 && x.line <= m.fa
 
 // slowNow says whether all that comes in now at a member that fetches the blob is little
 // against what another has had from a registry a moment ago, or, if the member's line is
-// not known to have been faster, has ever had. Lines that were fast become slow as well.
+// not known to have been faster, or says itself that it is slow now, has ever had: then it
+// is not the registry. Lines that were fast become slow as well.
 func (m *Machine) slowNow(x *member) bool {
 	if !x.fetching || x.inflow == 0 {
 		return false
 	}
 	fastest := m.latelyBut(x)
-	if x.line == 0 || m.slowLine(x) {
+	if x.line == 0 || m.slowLine(x) || x.saysSlow {
 		fastest = max(fastest, m.fastest)
 	}
 	return x.inflow <= fastest/slowFactor
@@ -103,10 +104,14 @@ func (m *Machine) restsLong(f *member) bool {
 	return float64(m.size-f.present) >= rate*slowRest.Seconds()
 }
 
+// behind says whether a member is sent only where no other can be: its line is slow, or
+// seems to be.
+func (m *Machine) behind(x *member) bool { return m.slow(x) || x.saysSlow || x.lags }
+
 // compareLines orders members by whether their lines are slow, or seem to be: those come
 // last.
 func (m *Machine) compareLines(a, b *member) int {
-	sa, sb := m.slow(a) || a.lags, m.slow(b) || b.lags
+	sa, sb := m.behind(a), m.behind(b)
 	switch {
 	case sa == sb:
 		return 0
@@ -191,7 +196,7 @@ func (m *Machine) thin(i int) bool {
 // that crept.
 func (m *Machine) scarce() bool {
 	best := m.candidate(true)
-	if best == nil || m.slow(best) || best.lags {
+	if best == nil || m.behind(best) {
 		return false
 	}
 	for i := range m.segs {

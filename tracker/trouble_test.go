@@ -95,6 +95,28 @@ var troubleTests = []machineTest{
 			1.5s  status a busy
 			3s    status a busy line=0.125
 			3.5s  status a inflow=0.125            > b fetch`},
+	{name: "a line that was fast is slow now if its node says so, and it was the one that the registry was fast for", lines: `
+			0s    join a can line=8 registry=8     > a fetch
+			0s    status a fetching -can
+			1s    join b can                       > b wait
+			1.5s  status a busy
+			3s    status a busy inflow=0.125
+			3.5s  status a busy slow               > b fetch`},
+	{name: "not if it gets no less than any ever had from a registry", lines: `
+			0s    join a can line=8 registry=0.5   > a fetch
+			0s    status a fetching -can
+			1s    join b can                       > b wait
+			1.5s  status a busy
+			3s    status a busy slow inflow=0.125
+			4s    status a busy`},
+	{name: "whoever says that it is slow is sent last", lines: `
+			0s    join a slow                      > a wait
+			0s    join b slow                      > b wait
+			0s    join c                           > c wait
+			10ms  status a can rank=1
+			10ms  status b can rank=1
+			10ms  status c can rank=1
+			110ms tick                             > c fetch`},
 	{name: "a registry that was faster once is no measure for a line that was, too", lines: `
 			0s    join a can line=8                > a fetch
 			0s    status a fetching -can

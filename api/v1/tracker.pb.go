@@ -421,6 +421,7 @@ type Status struct {
 	Receiving     bool                   `protobuf:"varint,12,opt,name=receiving,proto3" json:"receiving,omitempty"`              // fetching, and bytes come in of it as far as can be told, though none are handed on: a slow line
 	Inflow        int64                  `protobuf:"varint,13,opt,name=inflow,proto3" json:"inflow,omitempty"`                    // bytes/s that have come in here in the last seconds, all blobs together, while receiving; 0: not known, or not so
 	Lately        int64                  `protobuf:"varint,14,opt,name=lately,proto3" json:"lately,omitempty"`                    // as registry, in the best of the last ten seconds
+	Slow          bool                   `protobuf:"varint,15,opt,name=slow,proto3" json:"slow,omitempty"`                        // this node's line is slow, as it says in gossip
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -551,6 +552,13 @@ func (x *Status) GetLately() int64 {
 		return x.Lately
 	}
 	return 0
+}
+
+func (x *Status) GetSlow() bool {
+	if x != nil {
+		return x.Slow
+	}
+	return false
 }
 
 // Inline carries a whole small blob (at most 64 KiB).
@@ -1299,7 +1307,7 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\aresumed\x18\a \x01(\bR\aresumed\"<\n" +
 	"\bAnnounce\x12\x18\n" +
 	"\asegment\x18\x01 \x01(\rR\asegment\x12\x16\n" +
-	"\x06pieces\x18\x02 \x01(\fR\x06pieces\"\xe1\x02\n" +
+	"\x06pieces\x18\x02 \x01(\fR\x06pieces\"\xf5\x02\n" +
 	"\x06Status\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\x03R\x06prefix\x12\x18\n" +
 	"\apresent\x18\x02 \x01(\x03R\apresent\x12\x1b\n" +
@@ -1315,7 +1323,8 @@ const file_api_v1_tracker_proto_rawDesc = "" +
 	"\bregistry\x18\v \x01(\x03R\bregistry\x12\x1c\n" +
 	"\treceiving\x18\f \x01(\bR\treceiving\x12\x16\n" +
 	"\x06inflow\x18\r \x01(\x03R\x06inflow\x12\x16\n" +
-	"\x06lately\x18\x0e \x01(\x03R\x06lately\"\x1c\n" +
+	"\x06lately\x18\x0e \x01(\x03R\x06lately\x12\x12\n" +
+	"\x04slow\x18\x0f \x01(\bR\x04slow\"\x1c\n" +
 	"\x06Inline\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x1d\n" +
 	"\x03Ask\x12\x16\n" +

@@ -34,7 +34,7 @@ const (
 type TrackerClient interface {
 	// Join makes the caller a member of one blob's swarm for as long as the
 	// stream lives. The first message must be Hello; the tracker's first answer
-	// is Wait or a command, and comes at once.
+	// is Wait or a command, and comes at once. A member need not wait for it to say more.
 	Join(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[MemberMessage, TrackerMessage], error)
 	// Register tells a tracker which whole blobs the caller holds. One stream
 	// per tracker, for as long as both live. The stream's end unregisters all.
@@ -83,7 +83,7 @@ type Tracker_RegisterClient = grpc.BidiStreamingClient[RegisterMessage, Register
 type TrackerServer interface {
 	// Join makes the caller a member of one blob's swarm for as long as the
 	// stream lives. The first message must be Hello; the tracker's first answer
-	// is Wait or a command, and comes at once.
+	// is Wait or a command, and comes at once. A member need not wait for it to say more.
 	Join(grpc.BidiStreamingServer[MemberMessage, TrackerMessage]) error
 	// Register tells a tracker which whole blobs the caller holds. One stream
 	// per tracker, for as long as both live. The stream's end unregisters all.
