@@ -377,6 +377,11 @@ func (s *session) restart(ctx context.Context) {
 	}
 }
 
+// broken says that the blob can no more be exchanged here, since its bytes cannot be
+// written or read: the disk is full, perhaps. The others are not to wait for them, and a
+// client that waits here hears it from its own write.
+func (s *session) broken() bool { return s.blob != nil && s.blob.Err() != nil }
+
 // done says that nobody needs the session any more.
 func (s *session) done() bool {
 	if s.state.Waiting > 0 || s.state.Writing > 0 && !s.state.Whole {
