@@ -379,8 +379,15 @@ func (s *session) restart(ctx context.Context) {
 
 // broken says that the blob can no more be exchanged here, since its bytes cannot be
 // written or read: the disk is full, perhaps. The others are not to wait for them, and a
-// client that waits here hears it from its own write.
-func (s *session) broken() bool { return s.blob != nil && s.blob.Err() != nil }
+// client that waits here hears it from its own write. Where the store has thrown away what
+// was here, old torrents cannot be written either: look makes new ones.
+func (s *session) broken() bool {
+	if s.blob == nil || s.blob.Err() == nil {
+		return false
+	}
+	state, _ := s.content.Watch()
+	return state.Failed == s.failed && state.Present >= s.seen.Present
+}
 
 // done says that nobody needs the session any more.
 func (s *session) done() bool {
