@@ -209,25 +209,34 @@ func TestOnlyMembersAreLetIn(t *testing.T) {
 	silence(t, member.o.Identity, port)
 }
 
+// acquainted are two nodes that know each other, and the listener of the first one's data port.
+func acquainted(t *testing.T, key string) (member, c *Cluster, l net.Listener) {
+	l = listen(t)
+	member = dataNode(t, key, "member", l.Addr().String(), "")
+	start(t, member.Run)
+	c = dataNode(t, key, "node", "127.0.0.1:1", gossipAddr(t, member).String())
+	start(t, c.Run)
+	awaitMembers(t, c, "member", "node")
+	return member, c, l
+}
+
+// serveCalls takes calls and peers at a member's data port.
+func serveCalls(t *testing.T, member *Cluster, p *DataPort) {
+	start(t, p.Run)
+	greet(t, p)
+	srv := grpc.NewServer(grpc.Creds(member.o.Identity.ServerCredentials()))
+	healthv1.RegisterHealthServer(srv, health.NewServer())
+	start(t, func(context.Context) error { return srv.Serve(p.GRPC()) })
+	t.Cleanup(srv.Stop)
+}
+
 // Nor does a node speak to one that is no member, whoever named its address.
 func TestOnlyMembersAreSpokenTo(t *testing.T) {
 	key := GenerateKey()
-	l := listen(t)
-	member := dataNode(t, key, "member", l.Addr().String(), "")
-	start(t, member.Run)
-	c := dataNode(t, key, "node", "127.0.0.1:1", gossipAddr(t, member).String())
-	start(t, c.Run)
-	awaitMembers(t, c, "member", "node")
-
+	member, c, l := acquainted(t, key)
 	other := NewDataPort(listen(t), keyed(t, key, "stranger"), c, silent)
 	for _, p := range []*DataPort{NewDataPort(l, member.o.Identity, member, silent), other} {
-		start(t, p.Run)
-		greet(t, p)
-		srv := grpc.NewServer(grpc.Creds(member.o.Identity.ServerCredentials()))
-		healthv1.RegisterHealthServer(srv, health.NewServer())
-		start(t, func(context.Context) error { return srv.Serve(p.GRPC()) })
-		t.Cleanup(srv.Stop)
-
+		serveCalls(t, member, p)
 		said, err := hello(t.Context(), c.Dial, p)
 		conn, dialErr := grpc.NewClient("passthrough:///"+p.listener.Addr().String(), c.GRPCDialOptions()...)
 		if dialErr != nil {
@@ -253,22 +262,11 @@ func TestOnlyMembersAreSpokenTo(t *testing.T) {
 // Whoever connects, members know of their connections to each other, and of no others.
 func TestConnectionsAreLookedAt(t *testing.T) {
 	key := GenerateKey()
-	l := listen(t)
-	member := dataNode(t, key, "member", l.Addr().String(), "")
-	start(t, member.Run)
-	c := dataNode(t, key, "node", "127.0.0.1:1", gossipAddr(t, member).String())
-	start(t, c.Run)
-	awaitMembers(t, c, "member", "node")
+	member, c, l := acquainted(t, key)
 	let := &connections{Membership: member}
 	port := NewDataPort(l, member.o.Identity, let, silent)
 	port.grace = 0
-	start(t, port.Run)
-	greet(t, port)
-	srv := grpc.NewServer(grpc.Creds(member.o.Identity.ServerCredentials()))
-	healthv1.RegisterHealthServer(srv, health.NewServer())
-	start(t, func(context.Context) error { return srv.Serve(port.GRPC()) })
-	t.Cleanup(srv.Stop)
-
+	serveCalls(t, member, port)
 	silence(t, keyed(t, key, "stranger"), port)
 	peers, err := c.Dial(t.Context(), l.Addr().String(), ProtoBitTorrent)
 	if err != nil {

@@ -118,8 +118,8 @@ func (c *Cluster) slowLine(now time.Time, ml *memberlist.Memberlist) bool {
 	return slow
 }
 
-// asked is a member that is asked whether this node's line is slow.
-type asked struct {
+// witness is a member that is asked whether this node's line is slow.
+type witness struct {
 	name   string
 	gossip netip.AddrPort
 	late   bool
@@ -127,11 +127,11 @@ type asked struct {
 
 // toAsk returns which members are to be asked whether the line is slow, at random and if
 // possible none that is late; none if those at the hosts that are late are too few.
-func (c *Cluster) toAsk(late []string) []asked {
+func (c *Cluster) toAsk(late []string) []witness {
 	if len(late) < latePeers {
 		return nil
 	}
-	var all []asked
+	var all []witness
 	hosts := map[netip.Addr]bool{}
 	c.mu.Lock()
 	for name, at := range c.gossip {
@@ -143,13 +143,13 @@ func (c *Cluster) toAsk(late []string) []asked {
 		if is {
 			hosts[at.Addr()] = true
 		}
-		all = append(all, asked{name, at, is})
+		all = append(all, witness{name, at, is})
 	}
 	c.mu.Unlock()
 	if len(hosts) < latePeers {
 		return nil
 	}
 	rand.Shuffle(len(all), func(i, k int) { all[i], all[k] = all[k], all[i] })
-	slices.SortStableFunc(all, func(a, b asked) int { return compareTrue(a.late, b.late) })
+	slices.SortStableFunc(all, func(a, b witness) int { return compareTrue(a.late, b.late) })
 	return all[:min(len(all), linePings)]
 }

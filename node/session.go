@@ -146,7 +146,8 @@ func newSession(n *Node, st *stack, d digest.Digest, size int64, c source) *sess
 
 // run blocks until the session is of no more use: the blob is whole and
 // nobody has asked for it for the idle timeout, nobody waits for it any
-// longer, its bytes can no more be written or read here, or ctx ends. Afterwards nothing reads or writes the content.
+// longer, its bytes can no more be written or read here, or ctx ends.
+// Afterwards nothing reads or writes the content.
 func (s *session) run(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -354,6 +354,54 @@ func TestTellsBeforeTheAnswer(t *testing.T) {
 	}
 }
 
+// A session ends whose bytes cannot be written: nobody is to wait for them. It does not where
+// the store has thrown away what was here, which ends the same torrents.
+func TestBroken(t *testing.T) {
+	content := bytes.Repeat([]byte{7}, 2*mib)
+	z := newZoned(t, content, 2, 1)
+	from, to := z.peers[0], z.peers[1]
+	from.data.bytes, to.data.full = content, true
+	if err := from.data.MarkPresent(0, 2*mib); err != nil {
+		t.Fatal(err)
+	}
+	pieces, err := from.blob.Offer(t.Context(), 0, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	has := &strict{state: store.State{Waiting: 1, Present: mib}}
+	s := &session{blob: to.blob, content: has, seen: has.state}
+	if s.broken() {
+		t.Error("broken before anything was written")
+	}
+	if err := to.blob.Leech(0, pieces, []string{from.addr}); err != nil {
+		t.Fatal(err)
+	}
+	tick, limit := time.NewTicker(time.Millisecond), time.After(time.Minute)
+	defer tick.Stop()
+	for to.blob.Err() == nil {
+		select {
+		case <-tick.C:
+		case <-limit:
+			t.Fatal("nothing is written")
+		}
+	}
+	for _, c := range []struct {
+		state store.State
+		want  bool
+	}{
+		{store.State{Waiting: 1, Present: mib}, true},
+		{store.State{Waiting: 1, Present: mib, Failed: 1}, false},
+		{store.State{Waiting: 1, Present: mib - 1}, false},
+	} {
+		if has.state = c.state; s.broken() != c.want {
+			t.Errorf("%+v: broken: %v", c.state, !c.want)
+		}
+	}
+	if s.blob = nil; s.broken() {
+		t.Error("a small blob is broken")
+	}
+}
+
 // TestFullLine: who waits for a blob whose line is full of another waits twice as long.
 func TestFullLine(t *testing.T) {
 	cfg := config.Default()

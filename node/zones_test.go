@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -29,6 +30,7 @@ type memoryBlob struct {
 	mu    sync.Mutex
 	bytes []byte // guarded by mu
 	there []bool // guarded by mu: by unit
+	full  bool   // nothing can be written; set before it is used
 }
 
 func (m *memoryBlob) ReadAt(p []byte, off int64) (int, error) {
@@ -40,6 +42,9 @@ func (m *memoryBlob) ReadAt(p []byte, off int64) (int, error) {
 func (m *memoryBlob) WriteAt(p []byte, off int64) (int, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.full {
+		return 0, syscall.ENOSPC
+	}
 	return copy(m.bytes[off:], p), nil
 }
 
