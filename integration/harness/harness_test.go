@@ -242,3 +242,18 @@ func mkdir(t *testing.T, e *Env, name string) string {
 	}
 	return dir
 }
+
+// TestRunSaysWhy: what a command says on its standard error is in the error, also
+// where much that it said on its standard output is read after that.
+func TestRunSaysWhy(t *testing.T) {
+	out, err := run(t.Context(), nil, nil, "sh", "-c", "echo no such $0 >&2; sleep 0.1; seq 10000; exit 3", "image")
+	if err == nil || !strings.Contains(err.Error(), "exit status 3") || !strings.Contains(err.Error(), "no such image") {
+		t.Errorf("it ended with %v", err)
+	}
+	if n := len(err.Error()); n > 5000 {
+		t.Errorf("the error has %d bytes", n)
+	}
+	if !strings.HasPrefix(out, "1\n2\n") || !strings.HasSuffix(out, "\n10000\n") {
+		t.Errorf("%d bytes of its output", len(out))
+	}
+}

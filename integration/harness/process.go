@@ -211,43 +211,30 @@ func runOn(ctx context.Context, m *Machine, stdin io.Reader, env []string, argv 
 	cmd.WaitDelay = 5 * time.Second
 	// Its own group, so that a ctrl-C is for the harness alone.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	var out, both strings.Builder
-	var mu sync.Mutex
-	cmd.Stdout = &lockedWriter{mu: &mu, w: []io.Writer{&out, &both}}
-	cmd.Stderr = &lockedWriter{mu: &mu, w: []io.Writer{&both}}
+	var out, errs strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &errs
 	err := m.in(cmd.Start)
 	if err == nil {
 		err = cmd.Wait()
 	}
 	if err != nil {
-		said := both.String()
-		if len(said) > 2000 {
-			said = "..." + said[len(said)-2000:]
-		}
 		if ctx.Err() != nil {
 			err = errors.Join(err, context.Cause(ctx))
 		}
-		err = fmt.Errorf("%s: %w\n%s", strings.Join(argv[:min(len(argv), 8)], " "), err, said)
+		// Apart: ctr's progress on the one does not push its error on the other out
+		// of sight. The two are read side by side, in no order.
+		err = fmt.Errorf("%s: %w\n%s\n%s", strings.Join(argv[:min(len(argv), 8)], " "), err, lastOf(out.String()), lastOf(errs.String()))
 	}
 	return out.String(), err
 }
 
-// lockedWriter writes to several writers; several of them may share one lock.
-type lockedWriter struct {
-	mu *sync.Mutex
-	w  []io.Writer
-}
-
-// Write implements io.Writer.
-func (l *lockedWriter) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, w := range l.w {
-		if _, err := w.Write(b); err != nil {
-			return 0, err
-		}
+// lastOf returns what matters of what a command said: its end.
+func lastOf(said string) string {
+	const most = 2000
+	if len(said) > most {
+		return "..." + said[len(said)-most:]
 	}
-	return len(b), nil
+	return said
 }
 
 // Poll calls f every interval until it returns nil or ctx ends, and then
