@@ -3,6 +3,7 @@ package integration
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -45,7 +46,7 @@ func TestDiskIsFull(t *testing.T) {
 		line.SecondsWithout = undisturbed(ctx, t, w.Nodes[:3], 0, 16, 16)
 		victim := w.Nodes[1]
 		onDisk(ctx, t, victim, func(dir string) error {
-			return unix.Mount("tmpfs", dir, "tmpfs", 0, "size=24m")
+			return mountTmpfs(dir, "24m")
 		})
 		must(t, w.Settle(ctx))
 		registry.Reset()
@@ -79,6 +80,120 @@ func TestDiskIsFull(t *testing.T) {
 		must(t, harness.Poll(soon, 500*time.Millisecond, func() error { return victim.Pull(ctx, w.ns, small.Ref) }))
 		whole(ctx, t, w.ns, small, victim)
 	}, harness.V2)
+}
+
+// fillsUp is a test in which the disk of a node becomes full in the middle of its pull.
+type fillsUp struct {
+	*world
+	victim, other *harness.Node
+	before        *harness.Image // what the victim has
+	img           *harness.Image // what both pull
+	layer         string         // img's large one
+	half          int64          // of layer's bytes
+	free          func()         // gives the disk room
+}
+
+// eachFillsUp runs a scenario with the victim's content on a disk of 64 MiB: ext4, and
+// tmpfs as well where all is tried. It has both nodes pull, of which the registry sends
+// half until it is told to go on, and returns when both pulls have ended. What the victim
+// had staged is given back then, it still has what it had, the other has all, and the
+// victim's next pull of the same succeeds.
+func eachFillsUp(t *testing.T, fault string, scenario func(ctx context.Context, t *testing.T, f *fillsUp, line *faultRecord)) {
+	for kind, mount := range map[string]func(ctx context.Context, t *testing.T, dir string) error{
+		"tmpfs": func(_ context.Context, _ *testing.T, dir string) error { return mountTmpfs(dir, "64m") },
+		"ext4": func(ctx context.Context, t *testing.T, dir string) error {
+			disk := filepath.Join(t.TempDir(), "disk")
+			return errors.Join(makeExt4(ctx, disk, 64*mib, "-m", "0"), mountExt4(ctx, disk, dir))
+		},
+	} {
+		if kind != "ext4" && os.Getenv("FAULTS") != "all" {
+			continue
+		}
+		t.Run(kind, func(t *testing.T) {
+			eachFault(t, fault+", "+kind, func(ctx context.Context, t *testing.T, w *world, line *faultRecord) {
+				f := &fillsUp{world: w, victim: w.Nodes[0], other: w.Nodes[1]}
+				line.SecondsWithout = plainPull(ctx, t, w.Nodes[:2], 0, 16)
+				onDisk(ctx, t, f.victim, func(dir string) error { return mount(ctx, t, dir) })
+				must(t, w.Settle(ctx))
+				f.before, f.img = image(ctx, t, 4), image(ctx, t, 16)
+				f.layer = f.img.Layer(0)
+				f.half = f.img.Blobs[f.layer] / 2
+				must(t, f.victim.Pull(ctx, w.ns, f.before.Ref))
+				registry.Reset()
+				registry.Behave(harness.Behavior{Digest: f.layer, StallAfter: f.half})
+				scenario(ctx, t, f, line)
+				line.RegistryCopies = copies(f.img)
+				given(ctx, t, f.victim.ContentDir())
+				whole(ctx, t, w.ns, f.before, f.victim)
+				whole(ctx, t, w.ns, f.img, f.other)
+				f.free()
+				must(t, f.victim.Pull(ctx, w.ns, f.img.Ref))
+				whole(ctx, t, w.ns, f.img, f.victim)
+			}, harness.V2)
+		})
+	}
+}
+
+// TestDiskFullWhileHashing: half of a layer is staged and hashed on the fetcher when its
+// disk becomes full.
+func TestDiskFullWhileHashing(t *testing.T) {
+	eachFillsUp(t, "disk full on the fetcher while hashing", func(ctx context.Context, t *testing.T, f *fillsUp, line *faultRecord) {
+		pulls := pull(ctx, f.ns, f.img.Ref, f.victim)
+		reached(ctx, t, f.layer, f.half)
+		f.free = fill(t, f.victim.ContentDir())
+		began := time.Now()
+		pulls = append(pulls, pull(ctx, f.ns, f.img.Ref, f.other)...)
+		registry.Behave(harness.Behavior{})
+		if err := <-pulls[0].done; err == nil || !strings.Contains(err.Error(), "no space left on device") {
+			t.Errorf("pull on the full disk: %v", err)
+		}
+		finish(t, pulls[1:])
+		line.Seconds = pulls[1].ended.Sub(began).Seconds()
+		line.say("of the other node, which began then")
+		if line.Seconds > line.SecondsWithout+3 {
+			t.Errorf("the other node took %.1f s, and %.1f s without a full disk", line.Seconds, line.SecondsWithout)
+		}
+	})
+}
+
+// TestDiskFullBeforeCommit: all of a layer is staged on a follower when its disk becomes
+// full, and containerd has not committed it: it stands still for that long.
+func TestDiskFullBeforeCommit(t *testing.T) {
+	eachFillsUp(t, "disk full on a follower before it commits", func(ctx context.Context, t *testing.T, f *fillsUp, line *faultRecord) {
+		pulls := pull(ctx, f.ns, f.img.Ref, f.other)
+		reached(ctx, t, f.layer, f.half)
+		pulls = append(pulls, pull(ctx, f.ns, f.img.Ref, f.victim)...)
+		// Not all of half: only whole pieces go around.
+		staged(ctx, t, f.victim, f.layer, f.half/2)
+		pid := f.victim.Process().Pid()
+		must(t, unix.Kill(pid, unix.SIGSTOP))
+		t.Cleanup(func() { must(t, unix.Kill(pid, unix.SIGCONT)) })
+		registry.Behave(harness.Behavior{})
+		finish(t, pulls[:1])
+		staged(ctx, t, f.victim, f.layer, f.img.Blobs[f.layer])
+		f.free = fill(t, f.victim.ContentDir())
+		began := time.Now()
+		must(t, unix.Kill(pid, unix.SIGCONT))
+		finish(t, pulls[1:]) // the bytes have their blocks, and a rename needs none
+		line.Seconds = time.Since(began).Seconds()
+		line.say("from then on")
+	})
+}
+
+// staged waits until so many bytes of a blob are staged on a node.
+func staged(ctx context.Context, t *testing.T, n *harness.Node, layer string, bytes int64) {
+	t.Helper()
+	file := filepath.Join(n.ContentDir(), "imagewolf", "staging", strings.TrimPrefix(layer, "sha256:"))
+	must(t, harness.Poll(ctx, 10*time.Millisecond, func() error {
+		var st unix.Stat_t
+		if err := unix.Stat(file, &st); err != nil {
+			return err
+		}
+		if st.Blocks*512 < bytes {
+			return fmt.Errorf("%d bytes of %s are staged on %s", st.Blocks*512, layer, n.Name)
+		}
+		return nil
+	}))
 }
 
 // TestPowerLoss: whatever of a node's content had not reached the disk is gone

@@ -33,7 +33,7 @@ type smallDisk struct {
 
 // smallDisks are the kinds of file system that it is tried on.
 var smallDisks = map[string]func(t *testing.T, dir string) error{
-	"tmpfs": func(_ *testing.T, dir string) error { return unix.Mount("tmpfs", dir, "tmpfs", 0, "size=16m") },
+	"tmpfs": func(_ *testing.T, dir string) error { return mountTmpfs(dir, "16m") },
 	"ext4": func(t *testing.T, dir string) error {
 		disk := filepath.Join(t.TempDir(), "disk")
 		return errors.Join(makeExt4(t.Context(), disk, 16*mib, "-m", "0"), mountExt4(t.Context(), disk, dir))
@@ -51,6 +51,11 @@ func makeExt4(ctx context.Context, disk string, size int64, options ...string) e
 // mountExt4 mounts a disk over a directory.
 func mountExt4(ctx context.Context, disk, dir string) error {
 	return command(ctx, "mount", "-o", "loop", disk, dir)
+}
+
+// mountTmpfs mounts an empty file system of a size in memory over a directory.
+func mountTmpfs(dir, size string) error {
+	return unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size)
 }
 
 // command runs a program; what it says is the error's text.
@@ -120,9 +125,15 @@ func (s *smallDisk) open() (closeIt func()) {
 // fill takes all room that is left, until free is called.
 func (s *smallDisk) fill() (free func()) {
 	s.Helper()
-	path := filepath.Join(s.root, "ballast")
+	return fill(s.T, s.root)
+}
+
+// fill takes all room that is left on the disk of a directory, until free is called.
+func fill(t *testing.T, dir string) (free func()) {
+	t.Helper()
+	path := filepath.Join(dir, "ballast")
 	f, err := os.Create(path)
-	must(s.T, err)
+	must(t, err)
 	block := make([]byte, 64<<10)
 	for size := len(block); size > 0; size /= 2 { // to the last byte
 		for err = nil; err == nil; {
@@ -131,11 +142,11 @@ func (s *smallDisk) fill() (free func()) {
 			}
 		}
 		if !errors.Is(err, syscall.ENOSPC) {
-			s.Fatal(err)
+			t.Fatal(err)
 		}
 	}
-	must(s.T, f.Close())
-	return func() { must(s.T, os.Remove(path)) }
+	must(t, f.Close())
+	return func() { must(t, os.Remove(path)) }
 }
 
 // pull is a blob on its way in.
@@ -186,10 +197,16 @@ func (s *smallDisk) first(p *blobPull, n int) {
 // given waits until nothing is staged.
 func (s *smallDisk) given() {
 	s.Helper()
-	ctx, cancel := context.WithTimeout(s.Context(), 10*time.Second)
+	given(s.Context(), s.T, s.root)
+}
+
+// given waits until nothing is staged in the store of a directory.
+func given(ctx context.Context, t *testing.T, root string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	must(s.T, harness.Poll(ctx, 10*time.Millisecond, func() error {
-		files, err := os.ReadDir(filepath.Join(s.root, "imagewolf", "staging"))
+	must(t, harness.Poll(ctx, 10*time.Millisecond, func() error {
+		files, err := os.ReadDir(filepath.Join(root, "imagewolf", "staging"))
 		if err == nil && len(files) > 0 {
 			err = errors.New("still staged: " + files[0].Name())
 		}
