@@ -64,7 +64,7 @@ faults: override export FAULTS_JSON := $(if $(FAULTS_JSON),$(abspath $(FAULTS_JS
 faults: build containerds ## let everything fail that can, the slow ones too; as root, FAULTS_JSON= SOAK= ...
 	@.ci/need ip runc nft mkfs.ext4 docker-registry
 	cd integration && CGO_ENABLED=0 $(GO) test -count 1 -timeout 3h -run '$(FAULT_TESTS)' $(TESTFLAGS) .
-FAULT_TESTS := Faults|Liars|Strangers|KeyIsExchanged|CertificatesAreExchanged|DiskIsFull|DiskFullAtEachStep|PowerLoss|SocketIsHeld|RestartInAPull|NamesGone|Soak
+FAULT_TESTS := Faults|Liars|Strangers|KeyIsExchanged|CertificatesAreExchanged|DiskIsFull|DiskFull|PowerLoss|SocketIsHeld|RestartInAPull|NamesGone|Soak
 FAULT_TESTS := $(FAULT_TESTS)|FetcherKilled|DaemonRestarted|RegistryFails|ConnectionCut|WrongBytes|TrackerKilled|ClusterGone
 
 .PHONY: fuzz-smoke
