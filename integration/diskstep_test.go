@@ -134,6 +134,13 @@ func fill(t *testing.T, dir string) (free func()) {
 	path := filepath.Join(dir, "ballast")
 	f, err := os.Create(path)
 	must(t, err)
+	var st unix.Statfs_t
+	must(t, unix.Statfs(dir, &st))
+	if most := int64(st.Bavail)*st.Bsize - mib; most > 0 {
+		must(t, unix.Fallocate(int(f.Fd()), 0, 0, most)) // far sooner than what follows
+		_, err = f.Seek(most, io.SeekStart)
+		must(t, err)
+	}
 	block := make([]byte, 64<<10)
 	for size := len(block); size > 0; size /= 2 { // to the last byte
 		for err = nil; err == nil; {

@@ -212,8 +212,8 @@ func TestRegistryFails(t *testing.T) {
 		all    bool   // not only for the layer
 		says   string // containerd, at last
 	}{
-		{"answers 503 for good", harness.Behavior{Status: 503}, true, "503"},
-		{"answers 500 for good, for a layer", harness.Behavior{Status: 500}, false, "500"},
+		{"answers 503 for good", harness.Behavior{Status: 503}, true, "503 Service Unavailable"},
+		{"answers 500 for good, for a layer", harness.Behavior{Status: 500}, false, "500 Internal Server Error"},
 		{"sends wrong bytes for good, for a layer", harness.Behavior{Corrupt: true}, false, "unexpected commit digest"},
 	} {
 		t.Run(way.name, func(t *testing.T) {
