@@ -72,6 +72,7 @@ func TestRestartedTracker(t *testing.T) {
 		at(t1.peer).Close()
 		n.serve("t0", nil)
 		n.setOrder(t0.peer, t1.peer)
+		synctest.Wait() // gRPC says that it has failed a moment before it knows it itself
 		at(t0.peer).Close()
 	})
 }

@@ -286,9 +286,12 @@ func follow(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient, st *i
 	if s := st.Request.TimeoutSeconds; s > 0 {
 		limit = time.Duration(s) * time.Second
 	}
-	// The nodes end in time by themselves, and get a moment to say so.
-	ctx, cancel := context.WithTimeout(ctx, limit+2*time.Second)
-	defer cancel()
+	// The nodes end in time by themselves, and get a moment to say so. The call has no
+	// deadline, of which gRPC would tell the node: that might end the watch first, and
+	// say that it was canceled.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer time.AfterFunc(limit+2*time.Second, func() { cancel(context.DeadlineExceeded) }).Stop()
 	show := newDisplay(c, st)
 	defer show.close()
 	for {
@@ -303,7 +306,7 @@ func follow(ctx context.Context, c *cli.Context, n imagewolfv1.NodeClient, st *i
 		switch {
 		case errors.Is(err, io.EOF):
 			return st, nil
-		case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		case errors.Is(context.Cause(ctx), context.DeadlineExceeded):
 			return st, nil
 		case ctx.Err() != nil:
 			return nil, fmt.Errorf("no longer waiting for %s: it goes on; 'imagewolf prefetch status %s' tells how, and 'cancel' ends it", st.Request.Id, st.Request.Id)

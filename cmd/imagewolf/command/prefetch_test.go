@@ -67,6 +67,9 @@ func (f *fakeAPI) WatchPrefetch(in *imagewolfv1.GetPrefetchRequest, stream grpc.
 		}
 	}
 	if f.hangs {
+		if _, ok := stream.Context().Deadline(); ok {
+			return status.Error(codes.Canceled, "the client's time is up") // as gRPC may say it
+		}
 		if f.onWatch != nil {
 			f.onWatch()
 		}
