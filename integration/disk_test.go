@@ -46,7 +46,7 @@ func TestDiskIsFull(t *testing.T) {
 		line.SecondsWithout = plainPull(ctx, t, w.Nodes[:3], 0, 16, 16)
 		victim := w.Nodes[1]
 		onDisk(ctx, t, victim, func(dir string) error {
-			return mountTmpfs(dir, "24m")
+			return mountTmpfs(dir, 24*mib)
 		})
 		must(t, w.Settle(ctx))
 		registry.Reset()
@@ -99,20 +99,14 @@ type fillsUp struct {
 // have ended. What the victim had staged is given back then, it still has what it had,
 // the other has all, and the victim's next pull of the same succeeds.
 func eachFillsUp(t *testing.T, fault string, scenario func(ctx context.Context, t *testing.T, f *fillsUp, line *faultRecord)) {
-	for kind, mount := range map[string]func(ctx context.Context, t *testing.T, dir string) error{
-		"tmpfs": func(_ context.Context, _ *testing.T, dir string) error { return mountTmpfs(dir, "64m") },
-		"ext4": func(ctx context.Context, t *testing.T, dir string) error {
-			disk := filepath.Join(t.TempDir(), "disk")
-			return errors.Join(makeExt4(ctx, disk, 64*mib, "-m", "0"), mountExt4(ctx, disk, dir))
-		},
-	} {
+	for kind, mount := range disks {
 		if kind != "ext4" && os.Getenv("FAULTS") != "all" {
 			continue
 		}
 		t.Run(kind, func(t *testing.T) {
 			eachFault(t, fault+", "+kind, func(ctx context.Context, t *testing.T, w *world, line *faultRecord) {
 				f := &fillsUp{world: w, victim: w.Nodes[0], other: w.Nodes[1]}
-				onDisk(ctx, t, f.victim, func(dir string) error { return mount(ctx, t, dir) })
+				onDisk(ctx, t, f.victim, func(dir string) error { return mount(t, dir, 64*mib) })
 				must(t, w.Settle(ctx))
 				f.before, f.img = image(ctx, t, 4), image(ctx, t, 16)
 				f.layer = f.img.Layer(0)

@@ -31,12 +31,13 @@ type smallDisk struct {
 	root string
 }
 
-// smallDisks are the kinds of file system that it is tried on.
-var smallDisks = map[string]func(t *testing.T, dir string) error{
-	"tmpfs": func(_ *testing.T, dir string) error { return mountTmpfs(dir, "16m") },
-	"ext4": func(t *testing.T, dir string) error {
+// disks mount an empty file system of a size over a directory, one of each kind that
+// full disks are tried on.
+var disks = map[string]func(t *testing.T, dir string, size int64) error{
+	"tmpfs": func(_ *testing.T, dir string, size int64) error { return mountTmpfs(dir, size) },
+	"ext4": func(t *testing.T, dir string, size int64) error {
 		disk := filepath.Join(t.TempDir(), "disk")
-		return errors.Join(makeExt4(t.Context(), disk, 16*mib, "-m", "0"), mountExt4(t.Context(), disk, dir))
+		return errors.Join(makeExt4(t.Context(), disk, size, "-m", "0"), mountExt4(t.Context(), disk, dir))
 	},
 }
 
@@ -53,9 +54,9 @@ func mountExt4(ctx context.Context, disk, dir string) error {
 	return command(ctx, "mount", "-o", "loop", disk, dir)
 }
 
-// mountTmpfs mounts an empty file system of a size in memory over a directory.
-func mountTmpfs(dir, size string) error {
-	return unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size)
+// mountTmpfs mounts an empty file system of so many bytes in memory over a directory.
+func mountTmpfs(dir string, size int64) error {
+	return unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprint("size=", size))
 }
 
 // command runs a program; what it says is the error's text.
@@ -68,10 +69,10 @@ func command(ctx context.Context, name string, args ...string) error {
 }
 
 // newSmallDisk mounts one and opens a store on it.
-func newSmallDisk(t *testing.T, mount func(t *testing.T, dir string) error) *smallDisk {
+func newSmallDisk(t *testing.T, mount func(t *testing.T, dir string, size int64) error) *smallDisk {
 	t.Helper()
 	s := &smallDisk{T: t, root: t.TempDir()}
-	must(t, mount(t, s.root))
+	must(t, mount(t, s.root, 16*mib))
 	t.Cleanup(func() {
 		for _, f := range openFiles(t, s.root) {
 			t.Errorf("still open: %s", f)
@@ -328,7 +329,7 @@ func TestDiskFullAtEachStep(t *testing.T) {
 			s.right(small)
 		},
 	}
-	for fs, mount := range smallDisks {
+	for fs, mount := range disks {
 		for name, step := range steps {
 			t.Run(fs+"/"+name, func(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
